@@ -1,0 +1,313 @@
+"""The only place where observations live, and always as codes of a `quantize.py` codec.
+
+`RolloutBuffer` holds PPO's n_steps per env; `ReplayBuffer` holds SAC's transitions with **one** copy of
+each observation. Both are torch tensors; a layout function names each with its shape and dtype, `memory.py`
+adds the layout up, and `nbytes` adds up the tensors themselves, so the two must agree to the byte.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from quantize import Codec, ObservationError
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype)
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes that the arrays of a layout take."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A zero tensor whose pages, on the CPU, become resident only when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros would touch every page at once; numpy lacks bfloat16 and float8, hence the view.
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+def _check_finite(reward: np.ndarray) -> None:
+    if not np.isfinite(reward).all():
+        raise ObservationError(f"nan or inf in the reward of env {np.flatnonzero(~np.isfinite(reward))}")
+
+
+class RolloutBatch(NamedTuple):
+    """A minibatch for PPO, all float32: obs (B, n), action (B, k), the others (B,)."""
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    log_prob: torch.Tensor
+    advantage: torch.Tensor
+    ret: torch.Tensor
+
+
+def rollout_layout(
+    codec: Codec, n_steps: int, num_envs: int, obs_dim: int, act_dim: int
+) -> Layout:
+    """Arrays of a `RolloutBuffer`: (n_steps, num_envs, ...)."""
+    steps = (n_steps, num_envs)
+    scalars = ("log_probs", "values", "rewards", "advantages", "returns")
+    return {
+        "obs": ((*steps, obs_dim), codec.dtype),
+        "actions": ((*steps, act_dim), torch.float32),
+        **{name: (steps, torch.float32) for name in scalars},
+        "ends": (steps, torch.bool),
+    }
+
+
+class RolloutBuffer:
+    """PPO's on-policy buffer, refilled for every update.
+
+    Args:
+        codec: how observations are stored.
+        n_steps: steps per env and rollout.
+        num_envs, obs_dim, act_dim: sizes.
+        device: where the tensors live.
+        seed: of the minibatches' permutations.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        n_steps: int,
+        num_envs: int,
+        obs_dim: int,
+        act_dim: int,
+        device: torch.device,
+        seed: int,
+    ):
+        self.codec = codec
+        self.layout = rollout_layout(codec, n_steps, num_envs, obs_dim, act_dim)
+        for name, (shape, dtype) in self.layout.items():
+            setattr(self, name, _zeros(shape, dtype, device))
+        self.step = 0
+        self._rng = np.random.default_rng(seed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays as they are."""
+        return sum(getattr(self, name).nbytes for name in self.layout)
+
+    def add(
+        self,
+        obs: np.ndarray,
+        action: torch.Tensor,
+        log_prob: torch.Tensor,
+        value: torch.Tensor,
+        reward: np.ndarray,
+        end: np.ndarray,
+    ) -> None:
+        """Store one step of every env; the row after the last one is the first again.
+
+        Args:
+            obs: (num_envs, n), what the action was chosen on.
+            action, log_prob, value: (num_envs, k), (num_envs,), (num_envs,), from the policy.
+            reward: (num_envs,), with gamma * V(final obs) added where the episode was truncated.
+            end: (num_envs,) bool, the episode ended with this step, either way.
+
+        Raises:
+            ObservationError: nan or inf in obs or reward; nothing is stored then.
+        """
+        codes = self.codec.encode(obs)
+        _check_finite(reward)
+        t = self.step
+        self.obs[t] = codes
+        self.actions[t] = action
+        self.log_probs[t] = log_prob
+        self.values[t] = value
+        self.rewards[t] = torch.from_numpy(reward)
+        self.ends[t] = torch.from_numpy(end)
+        self.step = (t + 1) % len(self.obs)
+
+    def minibatches(self, batch_size: int) -> Iterator[RolloutBatch]:
+        """One pass over all steps in a fresh random order; the last batch may be smaller."""
+        flat = [
+            array.flatten(0, 1)
+            for array in (self.obs, self.actions, self.log_probs, self.advantages, self.returns)
+        ]
+        order = torch.from_numpy(self._rng.permutation(len(flat[0]))).to(self.obs.device)
+        for index in order.split(batch_size):
+            codes, *rest = (array.index_select(0, index) for array in flat)
+            yield RolloutBatch(self.codec.decode(codes), *rest)
+
+
+class ReplayBatch(NamedTuple):
+    """A batch for SAC: obs and next_obs (B, n), action (B, k), reward (B,) float32; terminated (B,) bool."""
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor
+    next_obs: torch.Tensor
+    terminated: torch.Tensor
+
+
+def rows_per_env(buffer_size: int, num_envs: int) -> int:
+    """Rows in each env's ring: an even share of buffer_size, one for the open head, at least 3."""
+    return max(3, math.ceil(buffer_size / num_envs) + 1)
+
+
+def replay_layout(
+    codec: Codec, buffer_size: int, num_envs: int, obs_dim: int, act_dim: int
+) -> Layout:
+    """Arrays of a `ReplayBuffer`: one row per observation, and three numbers per env."""
+    rows = num_envs * rows_per_env(buffer_size, num_envs)
+    return {
+        "obs": ((rows, obs_dim), codec.dtype),
+        "actions": ((rows, act_dim), torch.float32),
+        "rewards": ((rows,), torch.float32),
+        "terminated": ((rows,), torch.bool),
+        "is_start": ((rows,), torch.bool),
+        "first_row": ((num_envs,), torch.int64),
+        "head": ((num_envs,), torch.int64),
+        "fill": ((num_envs,), torch.int64),
+    }
+
+
+class ReplayBuffer:
+    """SAC's buffer. The next observation of row i is row i + 1, so each is stored once.
+
+    Every env has a ring of rows of its own. `head` is its open row: it holds the newest observation, whose
+    action is not known yet. An episode of T steps takes T + 1 rows:
+
+        row        i     i+1   ...  i+T-1   i+T     i+T+1
+        obs        s_0   s_1        s_T-1   s_T     s'_0     s_T is the true final observation, ended or
+        is_start   1     1          1       0       0        truncated; s'_0 starts the next episode
+                                            final   head
+
+    Only rows with `is_start` begin a stored transition. Writing at the head drops the oldest row, and the
+    row before that one was dropped a step earlier, so no transition ever loses its next observation.
+
+    Args:
+        codec: how observations are stored.
+        buffer_size: rows, all envs together.
+        num_envs, obs_dim, act_dim: sizes.
+        device: where observations, actions and rewards live; indices are drawn on the CPU.
+        seed: of the sampling.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        buffer_size: int,
+        num_envs: int,
+        obs_dim: int,
+        act_dim: int,
+        device: torch.device,
+        seed: int,
+    ):
+        self.codec = codec
+        self.rows = rows_per_env(buffer_size, num_envs)
+        self.layout = replay_layout(codec, buffer_size, num_envs, obs_dim, act_dim)
+        on_device = ("obs", "actions", "rewards", "terminated")
+        for name, (shape, dtype) in self.layout.items():
+            if name in on_device:
+                setattr(self, name, _zeros(shape, dtype, device))
+            else:  # bookkeeping, read and written by numpy
+                setattr(self, name, _zeros(shape, dtype, torch.device("cpu")).numpy())
+        self.first_row[:] = np.arange(num_envs) * self.rows
+        self.head[:] = self.first_row
+        self.fill[:] = 1  # rows in use per ring, its head included
+        self.size = 0  # stored transitions
+        self._rng = np.random.default_rng(seed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays as they are."""
+        return sum(getattr(self, name).nbytes for name in self.layout)
+
+    def start(self, obs: np.ndarray, mask: np.ndarray) -> None:
+        """Write the first observation of an episode at the head of every env in mask.
+
+        Args:
+            obs: (num_envs, n), read where mask is true.
+            mask: (num_envs,) bool, the envs that were reset.
+
+        Raises:
+            ObservationError: nan or inf; nothing is stored then.
+        """
+        codes = self.codec.encode(obs[mask])
+        self._put(self.obs, self.head[mask], codes)
+
+    def add(
+        self,
+        action: np.ndarray,
+        reward: np.ndarray,
+        next_obs: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+    ) -> None:
+        """Complete the head row of every env and open the row after it, or the one after that at an end.
+
+        Args:
+            action: (num_envs, k), as the networks see it.
+            reward: (num_envs,).
+            next_obs: (num_envs, n), the observation that the step returned, final or not.
+            terminated, truncated: (num_envs,) bool. If both are set, terminated wins: no bootstrap.
+
+        Raises:
+            ObservationError: nan or inf in next_obs or reward; nothing is stored then.
+        """
+        codes = self.codec.encode(next_obs)
+        _check_finite(reward)
+        row, next_row = self.head, self._after(self.head)
+        new_head = np.where(terminated | truncated, self._after(next_row), next_row)
+        self._put(self.actions, row, torch.from_numpy(np.asarray(action, np.float32)))
+        self._put(self.rewards, row, torch.from_numpy(np.asarray(reward, np.float32)))
+        self._put(self.terminated, row, torch.from_numpy(terminated))
+        self._put(self.obs, next_row, codes)
+
+        self.size -= np.count_nonzero(self.is_start[next_row])  # the oldest row falls out,
+        self.is_start[next_row] = False
+        self.size -= np.count_nonzero(self.is_start[new_head])  # and at an end one more
+        self.is_start[new_head] = False
+        self.is_start[row] = True
+        self.size += len(row)
+        moved = 1 + (new_head != next_row)
+        self.fill[:] = np.minimum(self.fill + moved, self.rows)
+        self.head[:] = new_head
+
+    def sample(self, batch_size: int) -> ReplayBatch:
+        """Draw transitions uniformly, with replacement, over all envs together.
+
+        Raises:
+            ValueError: nothing is stored yet.
+        """
+        rows = self._draw(batch_size)
+        # One gather for s and s': row and row + 1.
+        both = torch.from_numpy(np.concatenate([rows, self._after(rows)])).to(self.obs.device)
+        index = both[:batch_size]
+        obs, next_obs = self.codec.decode(self.obs.index_select(0, both)).split(batch_size)
+        return ReplayBatch(
+            obs,
+            self.actions.index_select(0, index),
+            self.rewards.index_select(0, index),
+            next_obs,
+            self.terminated.index_select(0, index),
+        )
+
+    def _draw(self, n: int) -> np.ndarray:
+        """n rows with `is_start`, uniform and independent. Rings may be filled unequally."""
+        if self.size == 0:
+            raise ValueError("the replay buffer holds no complete transition to sample yet")
+        filled = np.cumsum(self.fill)
+        rows = np.empty(n, np.int64)
+        redraw = np.arange(n)
+        while len(redraw):  # until no draw has hit an open head or a final row
+            draws = self._rng.integers(filled[-1], size=len(redraw))
+            env = np.searchsorted(filled, draws, side="right")
+            rows[redraw] = self.first_row[env] + draws - (filled - self.fill)[env]
+            redraw = redraw[~self.is_start[rows[redraw]]]
+        return rows
+
+    def _after(self, row: np.ndarray) -> np.ndarray:
+        """The row after each, going round within its env's ring."""
+        return np.where((row + 1) % self.rows == 0, row + 1 - self.rows, row + 1)
+
+    @staticmethod
+    def _put(array: torch.Tensor, rows: np.ndarray, values: torch.Tensor) -> None:
+        array[torch.from_numpy(rows).to(array.device)] = values.to(array.device)

@@ -1,0 +1,211 @@
+"""Observation -> stored code -> observation: Eq. 4, 5 and 6 of *Just Round* (Grossman & Plancher, ICRA 2023).
+
+    codec = FixedPoint(m=2, b=127)
+    codes = codec.encode(np.array([1.23456, -500.0]))   # tensor([123, -12700], dtype=torch.int16)
+    codec.decode(codes)                                 # tensor([1.2300, -127.0000])
+
+| paper | here    |                                              |
+|-------|---------|----------------------------------------------|
+| m     | `m`     | decimals kept                                |
+| a, b  | `-b, b` | clamp bounds, symmetric                      |
+| 10^m  | `scale` | codes per unit                               |
+| s_q   | `decode(encode(s))`, which equals float32(`quantize(s, m, b)`) |
+
+A codec is what a buffer holds. `encode` takes numpy observations of any leading shape and returns a CPU
+tensor of `codec.dtype`; `decode` takes such a tensor on any device and returns float32. `codec.clamp`
+counts what it had to clamp.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import torch
+
+STORAGE_DTYPES = {
+    name: getattr(torch, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn")
+}
+
+
+def quantize(obs: np.ndarray, m: int, b: float) -> np.ndarray:
+    """Round to m decimals after clamping to [-b, b]; ties to even, float64 in and out. Paper eq. 5."""
+    # + 0.0 turns -0.0 into 0.0: a fixed-point code has one zero.
+    return np.round(np.clip(np.asarray(obs, np.float64), -b, b), m) + 0.0  # eq. 4, 5
+
+
+def bits(m: int, b: float) -> int:
+    """Bits that the paper counts per value: sign, integer part, decimals. Paper eq. 6."""
+    return 1 + math.ceil(math.log2(b)) + math.ceil(m * math.log2(10))  # eq. 6
+
+
+def stored_bits(m: int, b: float) -> int:
+    """Bits that two's complement needs for the codes -round(b 10^m) ... round(b 10^m).
+
+    Equal to `bits` at b = 127. Eq. 6 is short wherever b rounds up to a power of two at m = 0 (b = 128
+    has 257 codes in its 8 bits), and gives 1 bit for the three codes of b = 1, m = 0.
+    """
+    return max(2, round(b * 10**m).bit_length() + 1)
+
+
+class ObservationError(ValueError):
+    """An observation that cannot be stored: nan or inf. The message names the columns."""
+
+
+class Clamp:
+    """Eq. 4 with a = -b. Refuses what is not finite and counts what it changes.
+
+    Attributes:
+        seen, clipped: numbers of values so far, and of those that lay beyond the bound.
+        max_abs: largest |s| so far.
+        column_peak: (n,) float64, largest |s| beyond the bound per column, 0 where none; None before any.
+    """
+
+    def __init__(self, b: float):
+        self.b = b
+        self.seen = 0
+        self.clipped = 0
+        self.max_abs = 0.0
+        self.column_peak: np.ndarray | None = None
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Clamp (..., n) observations to [-b, b].
+
+        Raises:
+            ObservationError: nan or inf; nothing is counted then.
+        """
+        magnitude = np.abs(obs)
+        peak = float(magnitude.max(initial=0.0))  # nan if any is nan, and then the next line is False
+        if not peak <= self.b:
+            if not math.isfinite(peak):
+                bad = ~np.isfinite(obs).reshape(-1, obs.shape[-1]).all(axis=0)
+                raise ObservationError(f"nan or inf in observation columns {_columns(bad)}")
+            beyond = magnitude > self.b
+            peaks = np.where(beyond, magnitude, 0.0).reshape(-1, obs.shape[-1]).max(axis=0)
+            if self.column_peak is None:
+                self.column_peak = np.zeros(obs.shape[-1], np.float64)
+            np.maximum(self.column_peak, peaks, out=self.column_peak)
+            self.clipped += int(np.count_nonzero(beyond))
+            obs = np.clip(obs, -self.b, self.b)
+        self.seen += obs.size
+        self.max_abs = max(self.max_abs, peak)
+        return obs
+
+    @property
+    def fraction(self) -> float:
+        """Share of the values seen that were clamped."""
+        return self.clipped / self.seen if self.seen else 0.0
+
+    def report(self) -> str | None:
+        """One line on what was clamped and the bound that would hold it; None if nothing was."""
+        if self.column_peak is None:
+            return None
+        return (
+            f"{self.clipped:,} of {self.seen:,} observation values lie beyond +-{self.b:g} and were "
+            f"clamped, in columns {_columns(self.column_peak > 0)}; "
+            f"a bound of {math.ceil(self.max_abs)} would hold them"
+        )
+
+
+def _columns(mask: np.ndarray, most: int = 12) -> str:
+    """The indices where mask (n,) is true, e.g. "[3, 7]"; a long list is cut and counted."""
+    indices = np.flatnonzero(mask).tolist()
+    more = f" and {len(indices) - most} more" if len(indices) > most else ""
+    return f"{indices[:most]}{more}"
+
+
+class Float:
+    """The baselines: observations in a float dtype. Clamps to the largest value that stays finite.
+
+    Args:
+        dtype: one of `STORAGE_DTYPES`. float64 is the paper's baseline.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        self.dtype = dtype
+        self.name = str(dtype).removeprefix("torch.")
+        self.bits = 8 * dtype.itemsize
+        # float16 would turn 1e5 into inf; float64 holds 1e300, but the float32 that we decode to does not.
+        self.clamp = Clamp(min(torch.finfo(dtype).max, torch.finfo(torch.float32).max))
+
+    def encode(self, obs: np.ndarray) -> torch.Tensor:
+        """(..., n) float -> (..., n) `dtype`. Raises ObservationError on nan or inf."""
+        return torch.from_numpy(self.clamp(np.asarray(obs, np.float64))).to(self.dtype)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """(..., n) `dtype` -> (..., n) float32."""
+        return codes.to(torch.float32)
+
+
+class FixedPoint:
+    """The paper's method: code = round(clamp(s) * 10^m), in the smallest of int8, int16, int32.
+
+    |decode(encode(s)) - s| <= 0.5 * 10^-m + b * 2^-24 for |s| <= b.
+
+    Args:
+        m: decimals kept, >= 0.
+        b: clamp bound, >= 1, with b * 10^m < 2^31.
+
+    Raises:
+        ValueError: m or b out of range; the message says what would fit.
+    """
+
+    def __init__(self, m: int, b: float = 127):
+        if m < 0:
+            raise ValueError(f"--quant-m {m} is negative; the number of decimals kept is 0 or more")
+        if not 1 <= b < math.inf:
+            raise ValueError(f"--quant-b {b:g} is not a bound; it must be finite and at least 1")
+        if not b * 10**m < 2**31:
+            fits = (2**31 - 1) // 10**m
+            remedy = f"--quant-b {fits} fits" if fits else "--quant-m 9 is the most, with --quant-b 2"
+            raise ValueError(
+                f"--quant-m {m} --quant-b {b:g} needs codes up to {b * 10**m:.3g}, "
+                f"beyond int32's {2**31 - 1}; {remedy}"
+            )
+        self.m, self.b, self.scale = m, b, 10.0**m
+        limit = round(b * 10**m)
+        self.dtype = next(
+            dtype
+            for dtype in (torch.int8, torch.int16, torch.int32)
+            if limit <= torch.iinfo(dtype).max
+        )
+        self.name = f"{str(self.dtype).removeprefix('torch.')} (m={m}, b={b:g})"
+        self.bits = 8 * self.dtype.itemsize
+        self.clamp = Clamp(b)
+        # Codes up to 2^24 are exact in float32, and then one float32 division rounds as float64 would.
+        self._decode_dtype = torch.float32 if limit <= 2**24 else torch.float64
+        self._numpy_dtype = np.dtype(f"i{self.dtype.itemsize}")
+        if limit > 2**24:
+            warnings.warn(
+                f"b * 10^m = {limit:,} is beyond 2^24: float32 cannot show {m} decimals near {b:g}",
+                stacklevel=2,
+            )
+
+    def encode(self, obs: np.ndarray) -> torch.Tensor:
+        """(..., n) float -> (..., n) `dtype`. Raises ObservationError on nan or inf."""
+        # In float64: float32 arithmetic gets about 14 codes per million wrong.
+        scaled = self.clamp(np.asarray(obs, np.float64)) * self.scale
+        return torch.from_numpy(np.rint(scaled).astype(self._numpy_dtype))
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """(..., n) `dtype` -> (..., n) float32."""
+        # Division, not a product with 10^-m: that would be off by one ulp for 28% of the m = 2 codes.
+        return codes.to(self._decode_dtype).div_(self.scale).to(torch.float32)
+
+
+Codec = Float | FixedPoint
+
+
+def make_codec(quant_m: int | None, quant_b: float, storage: str | None) -> Codec:
+    """The codec that the flags --quant-m, --quant-b and --storage ask for; float64 without any.
+
+    Raises:
+        ValueError: flags that contradict each other or are out of range.
+    """
+    if quant_m is None:
+        return Float(STORAGE_DTYPES[storage or "float64"])
+    if storage is not None:
+        raise ValueError(
+            f"--quant-m {quant_m} and --storage {storage} exclude each other; drop one"
+        )
+    return FixedPoint(quant_m, quant_b)
