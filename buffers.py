@@ -33,7 +33,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _check_finite(reward: np.ndarray) -> None:
     if not np.isfinite(reward).all():
-        raise ObservationError(f"nan or inf in the reward of env {np.flatnonzero(~np.isfinite(reward))}")
+        raise ObservationError(
+            f"nan or inf in the reward of env {np.flatnonzero(~np.isfinite(reward))}"
+        )
 
 
 class RolloutBatch(NamedTuple):
@@ -46,9 +48,7 @@ class RolloutBatch(NamedTuple):
     ret: torch.Tensor
 
 
-def rollout_layout(
-    codec: Codec, n_steps: int, num_envs: int, obs_dim: int, act_dim: int
-) -> Layout:
+def rollout_layout(codec: Codec, n_steps: int, num_envs: int, obs_dim: int, act_dim: int) -> Layout:
     """Arrays of a `RolloutBuffer`: (n_steps, num_envs, ...)."""
     steps = (n_steps, num_envs)
     scalars = ("log_probs", "values", "rewards", "advantages", "returns")

@@ -75,7 +75,9 @@ class Clamp:
             ObservationError: nan or inf; nothing is counted then.
         """
         magnitude = np.abs(obs)
-        peak = float(magnitude.max(initial=0.0))  # nan if any is nan, and then the next line is False
+        peak = float(
+            magnitude.max(initial=0.0)
+        )  # nan if any is nan, and then the next line is False
         if not peak <= self.b:
             if not math.isfinite(peak):
                 bad = ~np.isfinite(obs).reshape(-1, obs.shape[-1]).all(axis=0)
@@ -155,11 +157,12 @@ class FixedPoint:
             raise ValueError(f"--quant-m {m} is negative; the number of decimals kept is 0 or more")
         if not 1 <= b < math.inf:
             raise ValueError(f"--quant-b {b:g} is not a bound; it must be finite and at least 1")
-        if not b * 10**m < 2**31:
-            fits = (2**31 - 1) // 10**m
-            remedy = f"--quant-b {fits} fits" if fits else "--quant-m 9 is the most, with --quant-b 2"
+        if m > 9 or not b * 10**m < 2**31:
+            remedy = (
+                f"--quant-b {(2**31 - 1) // 10**m} fits" if m <= 9 else "--quant-m is at most 9"
+            )
             raise ValueError(
-                f"--quant-m {m} --quant-b {b:g} needs codes up to {b * 10**m:.3g}, "
+                f"--quant-m {m} --quant-b {b:g} needs codes up to {b:g} * 10^{m}, "
                 f"beyond int32's {2**31 - 1}; {remedy}"
             )
         self.m, self.b, self.scale = m, b, 10.0**m

@@ -1,0 +1,459 @@
+"""Proximal Policy Optimization that learns from observations stored as rounded fixed-point integers.
+
+    python ppo.py --env Walker2d-v3 --quant-m 1       # the paper's method
+    python ppo.py --env Walker2d-v3                   # its float64 baseline: one flag apart
+
+PPO is Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv:1707.06347v2), GAE is Schulman
+et al. (arXiv:1506.02438v6), the rounding is Grossman & Plancher, "Just Round" (ICRA 2023). Details
+follow Stable-Baselines3's `ppo/ppo.py` (2.9). As in the paper the policy acts on raw observations and
+learns from rounded ones, so the first ratio of an update is not quite 1: `losses/first_ratio_error`.
+
+| symbol      | name         | meaning                                         |
+|-------------|--------------|-------------------------------------------------|
+| s, a        | obs, action  | a as sampled; the environment gets it clipped   |
+| gamma       | gamma        | discount                                        |
+| lambda      | gae_lambda   | weight of longer returns in the advantage       |
+| delta_t     | delta        | one-step temporal difference error              |
+| A_t         | advantage    | generalised advantage estimate                  |
+| r_t(theta)  | ratio        | pi_theta(a|s) / pi_old(a|s)                     |
+| epsilon     | clip_coef    | how far the ratio may move before it is clipped |
+| m, b        | quant_m, quant_b | decimals kept, clamp bound                  |
+"""
+
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs as tasks
+import memory
+from buffers import RolloutBuffer
+from quantize import Float, ObservationError, make_codec
+
+ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
+CLIP_EPS = 1e-6  # in the norm that the gradient is divided by; torch.nn.utils.clip_grad_norm_
+ADVANTAGE_EPS = 1e-8  # keeps the normalised advantage finite; SB3 ppo.py:219
+
+
+@dataclass
+class Args:
+    """Train PPO on observations stored as fixed point (--quant-m) or as floats (the baseline)."""
+
+    env: str = "Humanoid-v3"
+    """Gymnasium id with a flat Box observation and a Box action, the paper's -v3 tasks included"""
+    quant_m: int | None = None
+    """decimals kept of each stored observation (paper: 1 for PPO); None is the float baseline"""
+    quant_b: float = 127.0
+    """clamp bound: observations are clamped to [-b, b] before rounding"""
+    storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
+    """dtype in which the baseline stores observations; None is float64, the paper's"""
+    quant_act: bool = False
+    """also act on the decoded observation; the paper acts on the raw one, learns from the rounded"""
+    seed: int = 1
+    """of networks, environments, exploration and sampling"""
+    total_timesteps: int = 1_000_000
+    """environment transitions to train for, all envs together"""
+    num_envs: int = 1
+    """environments stepped side by side"""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one"""
+    hidden: int = 64
+    """width of both hidden layers (paper's appendix: 64, as SB3's PPO default)"""
+    eval_episodes: int = 10
+    """deterministic episodes after training, each of at most 10,000 steps; 0 is none"""
+    run_dir: str = "runs"
+    """folder that holds the folders of the runs"""
+    run_name: str | None = None
+    """folder of this run; None derives it from env, seed and what differs from the defaults"""
+
+    learning_rate: float = 3e-4
+    """of the policy and the value function (Table II)"""
+    n_steps: int = 2048
+    """steps of each env per update (Table II)"""
+    batch_size: int = 64
+    """steps per minibatch (Table II)"""
+    n_epochs: int = 10
+    """passes over the rollout per update"""
+    gamma: float = 0.99
+    """discount (Table II)"""
+    gae_lambda: float = 0.95
+    """weight of longer returns in the advantage (Table II)"""
+    clip_coef: float = 0.2
+    """how far the ratio may move before its objective is clipped (Table II)"""
+    vf_coef: float = 0.5
+    """weight of the value loss (Table II)"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus (Table II)"""
+    max_grad_norm: float = 0.5
+    """bound on the norm of the whole gradient (Table II)"""
+
+
+NOT_LEARNING = ("env", "seed", "total_timesteps", "device", "eval_episodes", "run_dir", "run_name")
+
+
+def check(args: Args) -> None:
+    """Raise ValueError with one clear line for an argument out of its range."""
+    at_least_1 = ("total_timesteps", "num_envs", "hidden", "n_steps", "batch_size", "n_epochs")
+    for name, low, high in (
+        *((name, 1, math.inf) for name in at_least_1),
+        *((name, 0, math.inf) for name in ("seed", "eval_episodes", "clip_coef", "vf_coef")),
+        *((name, 0, math.inf) for name in ("ent_coef", "max_grad_norm")),
+        *((name, 0, 1) for name in ("learning_rate", "gamma", "gae_lambda")),
+    ):
+        if not low <= (value := getattr(args, name)) <= high:
+            wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    if args.batch_size > args.n_steps * args.num_envs:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is larger than the buffer: --n-steps {args.n_steps} "
+            f"times --num-envs {args.num_envs}"
+        )
+
+
+def find_device(name: str) -> torch.device:
+    """Raise ValueError for a device that torch does not know or that is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # .item() refuses "meta", which holds no data
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name} is not here; cpu and auto always are") from None
+    return torch.device(name)
+
+
+def make_run_dir(args: Args) -> Path:
+    """Create the run's folder: --run-name, or a derived name with the next free -2, -3, ...
+
+    Raises:
+        ValueError: an explicit name that exists, or a folder that cannot be created.
+    """
+    changed = [
+        f"{field.name.replace('_', '-')}-{getattr(args, field.name)}"
+        for field in fields(args)
+        if field.name not in NOT_LEARNING and getattr(args, field.name) != field.default
+    ]
+    name = "__".join([args.env.replace("/", "-"), "ppo", *changed, f"seed-{args.seed}"])
+    for number in itertools.count(1):
+        run_dir = Path(args.run_dir, args.run_name or (f"{name}-{number}" if number > 1 else name))
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            if args.run_name:
+                raise ValueError(f"--run-name {args.run_name}: {run_dir} exists") from None
+        except OSError as error:
+            raise ValueError(f"--run-dir: cannot create {run_dir}: {error.strerror}") from None
+
+
+class ActorCritic(nn.Module):
+    """pi(a|s), a Gaussian of state-independent width, and V(s), two networks that share nothing.
+
+    Both have the same hidden layers, so these are batched: weights (2, inputs, outputs), policy
+    first. SB3 policies.py:454-500, orthogonal initialisation policies.py:617.
+    """
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+
+        def orthogonal(inputs: int, outputs: int, gain: float) -> torch.Tensor:
+            return nn.init.orthogonal_(torch.empty(outputs, inputs), gain).T
+
+        def twice(inputs: int, outputs: int) -> nn.Parameter:
+            return nn.Parameter(
+                torch.stack([orthogonal(inputs, outputs, 2**0.5) for _ in range(2)])
+            )
+
+        self.w1, self.b1 = twice(obs_dim, hidden), nn.Parameter(torch.zeros(2, 1, hidden))
+        self.w2, self.b2 = twice(hidden, hidden), nn.Parameter(torch.zeros(2, 1, hidden))
+        self.w_mean = nn.Parameter(orthogonal(hidden, act_dim, 0.01))
+        self.b_mean = nn.Parameter(torch.zeros(act_dim))
+        self.w_value = nn.Parameter(orthogonal(hidden, 1, 1.0))
+        self.b_value = nn.Parameter(torch.zeros(1))
+        self.log_std = nn.Parameter(torch.zeros(act_dim))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """obs (B, n) -> mean of the action (B, k), V(s) (B,)."""
+        x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w1).tanh()  # (2, B, hidden)
+        policy, value = torch.baddbmm(self.b2, x, self.w2).tanh()
+        mean = torch.addmm(self.b_mean, policy, self.w_mean)
+        return mean, torch.addmm(self.b_value, value, self.w_value).squeeze(-1)
+
+
+def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """Move parameters into one vector, of which they and their gradients become views.
+
+    What treats all alike, Adam and the gradient's norm, is then one operation instead of one per tensor.
+    """
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [p.numel() for p in parameters]
+    for p, data, grad in zip(
+        parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True
+    ):
+        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    return flat
+
+
+def gaussian_log_prob(
+    action: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor
+) -> torch.Tensor:
+    """log pi(a|s) of a diagonal Gaussian: action, mean (B, k), log_std (k,) -> (B,)."""
+    standardised = (action - mean) / log_std.exp()
+    return -(0.5 * (standardised**2 + math.log(2 * math.pi)) + log_std).sum(-1)
+
+
+def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of a diagonal Gaussian: log_std (k,) -> ()."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    ends: torch.Tensor,
+    last_value: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimates and returns of a rollout. PPO eq. 11, 12; GAE eq. 16.
+
+    gae_lambda = 0 gives the one-step error delta, 1 gives the discounted return minus the value.
+
+    Args:
+        rewards: (T, N), with gamma * V(final obs) added where an episode was truncated.
+        values: (T, N), V(s_t) at collection.
+        ends: (T, N) bool, the episode ended with step t, either way: nothing flows back across it.
+        last_value: (N,), V of the observation after the last step.
+
+    Returns:
+        advantages (T, N) and returns (T, N) = advantages + values, what V is regressed on.
+    """
+    next_values = torch.cat([values[1:], last_value[None]])
+    going_on = (~ends).float()
+    deltas = rewards + gamma * going_on * next_values - values  # PPO eq. 12
+    decays = gamma * gae_lambda * going_on
+    advantages, advantage = [], torch.zeros_like(last_value)
+    for delta, decay in zip(deltas.flip(0), decays.flip(0), strict=True):
+        advantage = torch.addcmul(delta, decay, advantage)  # PPO eq. 11, from the last step back
+        advantages.append(advantage)
+    advantages = torch.stack(advantages).flip(0)
+    return advantages, advantages + values
+
+
+def normalize(advantage: torch.Tensor) -> torch.Tensor:
+    """(B,) to mean 0, std 1; not in the paper, SB3 ppo.py:217. A single value has no std and stays."""
+    if len(advantage) == 1:
+        return advantage
+    return (advantage - advantage.mean()) / (advantage.std() + ADVANTAGE_EPS)
+
+
+def clipped_policy_loss(
+    ratio: torch.Tensor, advantage: torch.Tensor, clip_coef: float
+) -> torch.Tensor:
+    """-E[min(r A, clip(r, 1 - eps, 1 + eps) A)]: ratio, advantage (B,) -> (). PPO eq. 7."""
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -torch.min(ratio * advantage, clipped_ratio * advantage).mean()
+
+
+def main(args: Args) -> dict:
+    """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
+
+    Returns:
+        What training left behind: "result" (as in result.json), "policy", "buffer".
+
+    Raises:
+        SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
+        ObservationError: the environment returned nan or inf.
+    """
+    # --- Set up: nothing is created before all arguments have been found good ---------------------
+    try:
+        check(args)
+        device = find_device(args.device)
+        codec = make_codec(args.quant_m, args.quant_b, args.storage)
+        envs = tasks.make_vector(args.env, args.num_envs)
+        (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
+        sizes = dims | {name: getattr(args, name) for name in ("hidden", "n_steps", "batch_size")}
+        memory.check_fits(memory.allocated_ppo, codec, **sizes)
+        run_dir = make_run_dir(args)
+    except ValueError as error:
+        print(f"ppo.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    ledgers = (memory.allocated_ppo(c, **sizes) for c in (codec, Float()))
+    print(
+        f"{run_dir} on {device}, observations stored as {codec.name}",
+        memory.footprint(*ledgers),
+        sep="\n",
+    )
+
+    torch.manual_seed(args.seed)
+    envs.action_space.seed(args.seed)
+    low, high = envs.single_action_space.low, envs.single_action_space.high
+
+    policy = ActorCritic(obs_dim, act_dim, args.hidden).to(device)
+    flat = flatten([*policy.parameters()])
+    optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=ADAM_EPS, fused=True)
+    buffer = RolloutBuffer(codec, args.n_steps, **dims, device=device, seed=args.seed)
+
+    def best_action(obs: np.ndarray) -> np.ndarray:
+        """Deterministic action: the mean, clipped to the environment's bounds."""
+        return policy(policy_input(obs[None]))[0][0].cpu().numpy().clip(low, high)
+
+    def policy_input(obs: np.ndarray) -> torch.Tensor:
+        """What the policy acts on: the raw observation as in the paper, or the decoded one."""
+        if args.quant_act:
+            return codec.decode(codec.encode(obs).to(device))
+        return torch.from_numpy(obs).to(device, torch.float32)
+
+    writer = SummaryWriter(str(run_dir))
+    table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+    bar = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=None)
+    episodes: list[tuple[int, float]] = []  # (global_step at the end, return)
+    episode_return = np.zeros(args.num_envs, np.float64)
+    episode_length = np.zeros(args.num_envs, np.int64)
+    global_step, clamping_reported, start_time = 0, False, time.perf_counter()
+
+    obs, _ = envs.reset(seed=args.seed)
+    while global_step < args.total_timesteps:
+        # --- Collect n_steps transitions per env ---------------------------------------------------
+        for _ in range(args.n_steps):
+            with torch.no_grad():
+                mean, value = policy(policy_input(obs))
+                action = mean + policy.log_std.exp() * torch.randn_like(mean)
+                log_prob = gaussian_log_prob(action, mean, policy.log_std)
+            # The environment gets the clipped action; the buffer keeps what was sampled.
+            next_obs, reward, terminated, truncated, _ = envs.step(
+                action.cpu().numpy().clip(low, high)
+            )
+            global_step += args.num_envs
+            episode_return += reward
+            episode_length += 1
+            done = terminated | truncated
+            cut = truncated & ~terminated
+            if (
+                cut.any()
+            ):  # a time limit is no end of the task: bootstrap from the final observation
+                with torch.no_grad():
+                    _, final_value = policy(policy_input(next_obs[cut]))
+                reward[cut] += args.gamma * final_value.cpu().numpy()
+            buffer.add(obs, action, log_prob, value, reward, done)
+            if done.any():
+                episodes += [(global_step, float(ret)) for ret in episode_return[done]]
+                mean_return = float(episode_return[done].mean())
+                writer.add_scalar("charts/episodic_return", mean_return, global_step)
+                writer.add_scalar(
+                    "charts/episodic_length", episode_length[done].mean(), global_step
+                )
+                bar.set_postfix(episodic_return=f"{mean_return:.0f}", refresh=False)
+                episode_return[done], episode_length[done] = 0, 0
+                reset_obs, _ = envs.reset(options={"reset_mask": done})
+                next_obs = np.where(done[:, None], reset_obs, next_obs)
+            obs = next_obs
+            bar.update(args.num_envs)
+
+        # --- Learn: n_epochs passes over the rollout in minibatches --------------------------------
+        with torch.no_grad():
+            _, last_value = policy(policy_input(obs))
+        buffer.advantages[:], buffer.returns[:] = compute_gae(
+            buffer.rewards, buffer.values, buffer.ends, last_value, args.gamma, args.gae_lambda
+        )
+        first_ratio_error = None
+        for _ in range(args.n_epochs):
+            for mb in buffer.minibatches(args.batch_size):
+                mean, value = policy(mb.obs)
+                log_prob = gaussian_log_prob(mb.action, mean, policy.log_std)
+                log_ratio = log_prob - mb.log_prob
+                ratio = log_ratio.exp()
+                if first_ratio_error is None:
+                    first_ratio_error = (ratio - 1).abs().mean().detach()
+                policy_loss = clipped_policy_loss(ratio, normalize(mb.advantage), args.clip_coef)
+                value_loss = F.mse_loss(value, mb.ret)
+                entropy = gaussian_entropy(policy.log_std)
+                loss = (
+                    policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+                )  # PPO eq. 9
+                flat.grad.zero_()
+                loss.backward()
+                flat.grad *= (args.max_grad_norm / (flat.grad.norm() + CLIP_EPS)).clamp(max=1)
+                optimizer.step()
+
+        # --- Log: the losses of the last minibatch -------------------------------------------------
+        unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
+        for tag, metric in {
+            "losses/policy_loss": policy_loss,
+            "losses/value_loss": value_loss,
+            "losses/entropy": entropy,
+            "losses/approx_kl": (
+                ratio - 1 - log_ratio
+            ).mean(),  # joschu.net/blog/kl-approx.html, k3
+            "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+            "losses/first_ratio_error": first_ratio_error,
+            "losses/explained_variance": 1 - unexplained,
+            "charts/SPS": global_step / (time.perf_counter() - start_time),
+            "memory/buffer_bytes": buffer.nbytes,
+            "quant/clip_fraction": codec.clamp.fraction,
+            "quant/max_abs_obs": codec.clamp.max_abs,
+        }.items():
+            writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
+        if codec.clamp.clipped and not clamping_reported:
+            bar.write(f"warning: {codec.clamp.report()}", file=sys.stderr)
+            clamping_reported = True
+
+    # --- Sum up ----------------------------------------------------------------------------------
+    seconds = time.perf_counter() - start_time
+    bar.close()
+    envs.close()
+    last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
+    result = {
+        "algo": "ppo",
+        "global_step": global_step,
+        "ms_per_step": 1000 * seconds / global_step,
+        "storage": codec.name,
+        "buffer_bytes": buffer.nbytes,
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "clip_fraction": codec.clamp.fraction,
+        "max_abs_obs": codec.clamp.max_abs,
+        "first_ratio_error": first_ratio_error.item(),
+        "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
+        "evaluation": tasks.evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
+        "args": asdict(args),
+        "versions": {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)},
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    writer.close()
+    mean = lambda returns: f"{np.mean(returns):.1f}" if returns else "none"  # noqa: E731
+    print(
+        f"return: {mean(last_tenth)} over the last tenth of training ({len(last_tenth)} episodes), "
+        f"{mean(result['evaluation'])} deterministic ({args.eval_episodes} episodes)\n"
+        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, "
+        f"peak resident {result['peak_rss_bytes'] / 1e6:,.0f} MB, "
+        f"max |obs| {result['max_abs_obs']:.4g}, {result['clip_fraction']:.3%} of values clamped\n"
+        f"wrote {run_dir / 'result.json'}"
+    )
+    return {"result": result, "policy": policy, "buffer": buffer}
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ObservationError as error:
+        sys.exit(f"ppo.py: error: the environment returned {error}")

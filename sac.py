@@ -1,0 +1,482 @@
+"""Soft Actor-Critic that learns from observations stored as rounded fixed-point integers.
+
+    python sac.py --env Humanoid-v3 --quant-m 2       # the paper's method, a quarter of the memory
+    python sac.py --env Humanoid-v3                   # its float64 baseline: one flag apart
+
+SAC is Haarnoja et al., "Soft Actor-Critic Algorithms and Applications" (arXiv:1812.05905v2); the
+rounding is Grossman & Plancher, "Just Round" (ICRA 2023). Details follow Stable-Baselines3's
+`sac/sac.py` (2.9), with one copy of each observation and one update per transition at any --num-envs.
+
+| symbol   | name                  | meaning                                                      |
+|----------|-----------------------|--------------------------------------------------------------|
+| s, s', a | obs, next_obs, action | a in [-1, 1], as the networks see it                         |
+| u        | mean + std * noise    | Gaussian sample before squashing, a = tanh(u)                |
+| gamma    | gamma                 | discount                                                     |
+| tau      | tau                   | share of the critics that enters the targets at every update |
+| alpha    | alpha, log_alpha      | temperature: weight of the entropy                           |
+| H bar    | target_entropy        | entropy that alpha is tuned for                              |
+| Q1, Q2   | q[0], q[1]            | the twin critics                                             |
+| m, b     | quant_m, quant_b      | decimals kept, clamp bound                                   |
+"""
+
+import copy
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs as tasks
+import memory
+from buffers import ReplayBuffer
+from quantize import Float, ObservationError, make_codec
+
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # SB3 sac/policies.py:21
+SQUASH_EPS = 1e-6  # keeps log(1 - a^2) finite at a = +-1; SB3 distributions.py:242
+LOG_EVERY = 1000  # steps between two entries of the losses in TensorBoard
+
+
+@dataclass
+class Args:
+    """Train SAC on observations stored as fixed point (--quant-m) or as floats (the baseline)."""
+
+    env: str = "Humanoid-v3"
+    """Gymnasium id with a flat Box observation and a Box action, the paper's -v3 tasks included"""
+    quant_m: int | None = None
+    """decimals kept of each stored observation (paper: 2 for SAC); None is the float baseline"""
+    quant_b: float = 127.0
+    """clamp bound: observations are clamped to [-b, b] before rounding"""
+    storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
+    """dtype in which the baseline stores observations; None is float64, the paper's"""
+    quant_act: bool = False
+    """also act on the decoded observation; the paper acts on the raw one, learns from the rounded"""
+    seed: int = 1
+    """of networks, environments, exploration and sampling"""
+    total_timesteps: int = 1_000_000
+    """environment transitions to train for, all envs together"""
+    num_envs: int = 1
+    """environments stepped side by side"""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one"""
+    hidden: int = 64
+    """width of both hidden layers (paper's appendix: 64; SB3's SAC default: 256)"""
+    eval_episodes: int = 10
+    """deterministic episodes after training, each of at most 10,000 steps; 0 is none"""
+    run_dir: str = "runs"
+    """folder that holds the folders of the runs"""
+    run_name: str | None = None
+    """folder of this run; None derives it from env, seed and what differs from the defaults"""
+
+    learning_rate: float = 3e-4
+    """of actor, critics and alpha (Table II)"""
+    buffer_size: int = 1_000_000
+    """rows of the replay buffer, all envs together; an episode of T steps takes T + 1 (Table II)"""
+    learning_starts: int = 100
+    """transitions with uniformly random actions before the first update"""
+    train_freq: int = 1
+    """transitions between updates (Table II)"""
+    gradient_steps: int = 1
+    """updates each time (Table II)"""
+    batch_size: int = 256
+    """transitions per update (Table II)"""
+    gamma: float = 0.99
+    """discount (Table II)"""
+    tau: float = 0.005
+    """share of the critics that enters the targets at every update (Table II)"""
+    target_entropy: float | None = None
+    """entropy in nats that alpha is tuned for; None is minus the number of actions"""
+
+
+NOT_LEARNING = ("env", "seed", "total_timesteps", "device", "eval_episodes", "run_dir", "run_name")
+
+
+def check(args: Args) -> None:
+    """Raise ValueError with one clear line for an argument out of its range."""
+    at_least_1 = (
+        "total_timesteps",
+        "num_envs",
+        "hidden",
+        "buffer_size",
+        "batch_size",
+        "train_freq",
+        "gradient_steps",
+    )
+    for name, low, high in (
+        *((name, 1, math.inf) for name in at_least_1),
+        *((name, 0, math.inf) for name in ("seed", "eval_episodes", "learning_starts")),
+        *((name, 0, 1) for name in ("learning_rate", "gamma", "tau")),
+    ):
+        if not low <= (value := getattr(args, name)) <= high:
+            wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    if args.batch_size > args.buffer_size:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}"
+        )
+
+
+def find_device(name: str) -> torch.device:
+    """Raise ValueError for a device that torch does not know or that is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()  # .item() refuses "meta", which holds no data
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name} is not here; cpu and auto always are") from None
+    return torch.device(name)
+
+
+def make_run_dir(args: Args) -> Path:
+    """Create the run's folder: --run-name, or a derived name with the next free -2, -3, ...
+
+    Raises:
+        ValueError: an explicit name that exists, or a folder that cannot be created.
+    """
+    changed = [
+        f"{field.name.replace('_', '-')}-{getattr(args, field.name)}"
+        for field in fields(args)
+        if field.name not in NOT_LEARNING and getattr(args, field.name) != field.default
+    ]
+    name = "__".join([args.env.replace("/", "-"), "sac", *changed, f"seed-{args.seed}"])
+    for number in itertools.count(1):
+        run_dir = Path(args.run_dir, args.run_name or (f"{name}-{number}" if number > 1 else name))
+        try:
+            run_dir.mkdir(parents=True)
+            return run_dir
+        except FileExistsError:
+            if args.run_name:
+                raise ValueError(f"--run-name {args.run_name}: {run_dir} exists") from None
+        except OSError as error:
+            raise ValueError(f"--run-dir: cannot create {run_dir}: {error.strerror}") from None
+
+
+class Actor(nn.Module):
+    """pi(a|s): a Gaussian squashed by tanh. SB3 sac/policies.py:30-164."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 2 * act_dim),  # the heads of mean and log_std side by side
+        )
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """obs (B, n) -> mean, log_std of u, both (B, k)."""
+        mean, log_std = self.net(obs).chunk(2, dim=-1)
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """obs (B, n) -> action (B, k) in [-1, 1] by the reparametrisation trick, log_prob (B,)."""
+        mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
+        action = (mean + log_std.exp() * noise).tanh()
+        return action, squashed_log_prob(noise, log_std, action)
+
+
+class TwinCritic(nn.Module):
+    """Q1 and Q2 as one batched network: weights are (2, inputs, outputs), biases (2, 1, outputs)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
+        super().__init__()
+
+        def uniform(fan_in: int, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+
+        # The first layer's weight in two parts: the actor's loss then needs no gradient for obs.
+        # The bounds are those of torch's Linear, 1 / sqrt(fan_in), for weights and biases alike.
+        self.w_obs = uniform(obs_dim + act_dim, 2, obs_dim, hidden)
+        self.w_act = uniform(obs_dim + act_dim, 2, act_dim, hidden)
+        self.b1 = uniform(obs_dim + act_dim, 2, 1, hidden)
+        self.w2, self.b2 = uniform(hidden, 2, hidden, hidden), uniform(hidden, 2, 1, hidden)
+        self.w3, self.b3 = uniform(hidden, 2, hidden, 1), uniform(hidden, 2, 1, 1)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """obs (B, n), action (B, k) -> q (2, B)."""
+        x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w_obs)  # (2, B, hidden)
+        x = torch.baddbmm(x, action.expand(2, -1, -1), self.w_act).relu()
+        x = torch.baddbmm(self.b2, x, self.w2).relu()
+        return torch.baddbmm(self.b3, x, self.w3).squeeze(-1)
+
+
+def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """Move parameters into one vector, of which they and their gradients become views.
+
+    What treats all alike, Adam and the target's update, is then one operation instead of one per tensor.
+    """
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [p.numel() for p in parameters]
+    for p, data, grad in zip(
+        parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True
+    ):
+        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    return flat
+
+
+def squashed_log_prob(
+    noise: torch.Tensor, log_std: torch.Tensor, action: torch.Tensor
+) -> torch.Tensor:
+    """log pi(a|s) of a = tanh(u), u = mean + std * noise: (B, k) each -> (B,). SAC appendix C.
+
+    In [-1, 1] units. SB3 distributions.py:229 evaluates the same density through (u - mean) / std.
+    """
+    gaussian = -0.5 * (noise**2 + math.log(2 * math.pi)) - log_std
+    return (gaussian - torch.log(1 - action**2 + SQUASH_EPS)).sum(-1)
+
+
+def soft_q_target(
+    reward: torch.Tensor,
+    terminated: torch.Tensor,
+    next_q: torch.Tensor,
+    next_log_prob: torch.Tensor,
+    alpha: torch.Tensor,
+    gamma: float,
+) -> torch.Tensor:
+    """r + gamma (min_i Q_i(s', a') - alpha log pi(a'|s')), without the bracket where s' is terminal.
+
+    A truncated episode goes on in principle, so it bootstraps. SAC eq. 3, 5 with the twin minimum.
+
+    Args:
+        reward, next_log_prob: (B,). terminated: (B,) bool. next_q: (2, B). alpha: ().
+    """
+    next_value = next_q.amin(0) - alpha * next_log_prob  # SAC eq. 3
+    # where, not a product: 0 * nan would be nan.
+    return reward + gamma * torch.where(terminated, 0.0, next_value)
+
+
+def critic_loss(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Half the mean squared Bellman error, summed over both critics: q (2, B), target (B,). SAC eq. 5."""
+    return F.mse_loss(q, target.expand_as(q))  # mean over both: 0.5 (MSE1 + MSE2)
+
+
+def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """alpha log pi(a|s) - min_i Q_i(s, a), averaged: q (2, B), log_prob (B,). SAC eq. 9."""
+    return (alpha * log_prob - q.amin(0)).mean()
+
+
+def alpha_loss(
+    log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: float
+) -> torch.Tensor:
+    """-log alpha (log pi + H bar): raises alpha while the entropy is below H bar. SB3 sac.py:237.
+
+    SAC eq. 18 has alpha itself in front; SB3's log alpha gives a gradient of the same sign.
+    """
+    return -(log_alpha * (log_prob + target_entropy).detach()).mean()
+
+
+def main(args: Args) -> dict:
+    """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
+
+    Returns:
+        What training left behind: "result" (as in result.json), "actor", "critic", "target", "log_alpha", "buffer".
+
+    Raises:
+        SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
+        ObservationError: the environment returned nan or inf.
+    """
+    # --- Set up: nothing is created before all arguments have been found good ---------------------
+    try:
+        check(args)
+        device = find_device(args.device)
+        codec = make_codec(args.quant_m, args.quant_b, args.storage)
+        envs = tasks.make_vector(args.env, args.num_envs)
+        (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
+        sizes = dims | {
+            name: getattr(args, name) for name in ("hidden", "buffer_size", "batch_size")
+        }
+        memory.check_fits(memory.allocated_sac, codec, **sizes)
+        run_dir = make_run_dir(args)
+    except ValueError as error:
+        print(f"sac.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    ledgers = (memory.allocated_sac(c, **sizes) for c in (codec, Float()))
+    print(
+        f"{run_dir} on {device}, observations stored as {codec.name}",
+        memory.footprint(*ledgers),
+        sep="\n",
+    )
+
+    torch.manual_seed(args.seed)
+    envs.action_space.seed(args.seed)
+    low, high = envs.single_action_space.low, envs.single_action_space.high
+
+    actor = Actor(obs_dim, act_dim, args.hidden).to(device)
+    critic = TwinCritic(obs_dim, act_dim, args.hidden).to(device)
+    target = copy.deepcopy(critic).requires_grad_(False)
+    log_alpha = nn.Parameter(torch.zeros((), device=device))
+    target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
+    # Adam works per parameter, so one for actor and alpha together equals SB3's two.
+    actor_parameters = [*actor.parameters(), log_alpha]
+    actor_flat, critic_flat = flatten(actor_parameters), flatten([*critic.parameters()])
+    target_flat = flatten([*target.parameters()])
+    actor_optimizer = torch.optim.Adam([actor_flat], lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam([critic_flat], lr=args.learning_rate, fused=True)
+    buffer = ReplayBuffer(codec, args.buffer_size, **dims, device=device, seed=args.seed)
+
+    def to_env(action: np.ndarray) -> np.ndarray:
+        """From [-1, 1] to the environment's bounds."""
+        return low + (action + 1) / 2 * (high - low)
+
+    def best_action(obs: np.ndarray) -> np.ndarray:
+        """Deterministic action: tanh of the mean."""
+        return to_env(actor(policy_input(obs))[0].tanh().cpu().numpy())
+
+    def policy_input(obs: np.ndarray) -> torch.Tensor:
+        """What the policy acts on: the raw observation as in the paper, or the decoded one."""
+        if args.quant_act:
+            return codec.decode(codec.encode(obs).to(device))
+        return torch.from_numpy(obs).to(device, torch.float32)
+
+    writer = SummaryWriter(str(run_dir))
+    table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+    bar = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=None)
+    episodes: list[tuple[int, float]] = []  # (global_step at the end, return)
+    episode_return = np.zeros(args.num_envs, np.float64)
+    episode_length = np.zeros(args.num_envs, np.int64)
+    global_step, clamping_reported, start_time = 0, False, time.perf_counter()
+
+    obs, _ = envs.reset(seed=args.seed)
+    buffer.start(obs, np.ones(args.num_envs, bool))
+    while global_step < args.total_timesteps:
+        # --- Collect one transition per env ------------------------------------------------------
+        if global_step < args.learning_starts:
+            action = 2 * (envs.action_space.sample() - low) / (high - low) - 1
+        else:
+            with torch.no_grad():
+                mean, log_std = actor(policy_input(obs))
+                action = (mean + log_std.exp() * torch.randn_like(mean)).tanh().cpu().numpy()
+        next_obs, reward, terminated, truncated, _ = envs.step(to_env(action))
+        buffer.add(action, reward, next_obs, terminated, truncated)
+        global_step += args.num_envs
+        episode_return += reward
+        episode_length += 1
+        done = terminated | truncated
+        if done.any():
+            episodes += [(global_step, float(ret)) for ret in episode_return[done]]
+            mean_return = float(episode_return[done].mean())
+            writer.add_scalar("charts/episodic_return", mean_return, global_step)
+            writer.add_scalar("charts/episodic_length", episode_length[done].mean(), global_step)
+            bar.set_postfix(episodic_return=f"{mean_return:.0f}", refresh=False)
+            episode_return[done], episode_length[done] = 0, 0
+            reset_obs, _ = envs.reset(options={"reset_mask": done})
+            next_obs = np.where(done[:, None], reset_obs, next_obs)
+            buffer.start(next_obs, done)
+        obs = next_obs
+        bar.update(args.num_envs)
+        if global_step <= args.learning_starts:
+            continue
+
+        # --- Learn: as many updates as fell due with these transitions ---------------------------
+        due = global_step // args.train_freq - (global_step - args.num_envs) // args.train_freq
+        for _ in range(due * args.gradient_steps):
+            batch = buffer.sample(args.batch_size)
+            action, log_prob = actor.sample(batch.obs)
+            alpha = log_alpha.detach().exp()  # as it is before its own step
+
+            with torch.no_grad():
+                next_action, next_log_prob = actor.sample(batch.next_obs)
+                next_q = target(batch.next_obs, next_action)
+                q_target = soft_q_target(
+                    batch.reward, batch.terminated, next_q, next_log_prob, alpha, args.gamma
+                )
+            q = critic(batch.obs, batch.action)
+            loss_critic = critic_loss(q, q_target)
+            critic_flat.grad.zero_()
+            loss_critic.backward()
+            critic_optimizer.step()
+
+            loss_actor = actor_loss(critic(batch.obs, action), log_prob, alpha)
+            loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
+            actor_flat.grad.zero_()
+            (loss_actor + loss_alpha).backward(inputs=actor_parameters)  # not the critics' weights
+            actor_optimizer.step()
+
+            with torch.no_grad():
+                target_flat.lerp_(critic_flat, args.tau)  # target + tau (critic - target)
+
+        # --- Log ---------------------------------------------------------------------------------
+        if global_step % LOG_EVERY < args.num_envs and due:
+            for tag, metric in {
+                "losses/critic_loss": loss_critic,
+                "losses/actor_loss": loss_actor,
+                "losses/alpha_loss": loss_alpha,
+                "losses/q_values": q.mean(),
+                "losses/entropy": -log_prob.mean(),
+                "losses/alpha": alpha,
+                "charts/SPS": global_step / (time.perf_counter() - start_time),
+                "memory/buffer_bytes": buffer.nbytes,
+                "quant/clip_fraction": codec.clamp.fraction,
+                "quant/max_abs_obs": codec.clamp.max_abs,
+            }.items():
+                writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
+            if codec.clamp.clipped and not clamping_reported:
+                bar.write(f"warning: {codec.clamp.report()}", file=sys.stderr)
+                clamping_reported = True
+
+    # --- Sum up ----------------------------------------------------------------------------------
+    seconds = time.perf_counter() - start_time
+    bar.close()
+    envs.close()
+    last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
+    result = {
+        "algo": "sac",
+        "global_step": global_step,
+        "ms_per_step": 1000 * seconds / global_step,
+        "storage": codec.name,
+        "buffer_bytes": buffer.nbytes,
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "clip_fraction": codec.clamp.fraction,
+        "max_abs_obs": codec.clamp.max_abs,
+        "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
+        "evaluation": tasks.evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
+        "args": asdict(args),
+        "versions": {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)},
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    writer.close()
+    mean = lambda returns: f"{np.mean(returns):.1f}" if returns else "none"  # noqa: E731
+    print(
+        f"return: {mean(last_tenth)} over the last tenth of training ({len(last_tenth)} episodes), "
+        f"{mean(result['evaluation'])} deterministic ({args.eval_episodes} episodes)\n"
+        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, "
+        f"peak resident {result['peak_rss_bytes'] / 1e6:,.0f} MB, "
+        f"max |obs| {result['max_abs_obs']:.4g}, {result['clip_fraction']:.3%} of values clamped\n"
+        f"wrote {run_dir / 'result.json'}"
+    )
+    return {
+        "result": result,
+        "actor": actor,
+        "critic": critic,
+        "target": target,
+        "log_alpha": log_alpha,
+        "buffer": buffer,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ObservationError as error:
+        sys.exit(f"sac.py: error: the environment returned {error}")
