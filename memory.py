@@ -50,7 +50,7 @@ WORKED_EXAMPLES = (  # Sec. III: obs_dim, act_dim, transitions, model bytes -> i
 # Why an allocated row differs from the paper's; the fields are those of `robot_report`.
 _TRAINING = {
     "gradients": "the paper counts none; one float32 per parameter",
-    "Adam moments": "the paper counts none; two float32 per parameter, one step per tensor",
+    "Adam moments": "the paper counts none; two float32 per parameter",
     "decoded batch": "the paper counts none; one minibatch in float32",
 }
 WHY = {
@@ -109,8 +109,8 @@ def allocated_ppo(
         **_buffer_rows(rollout_layout(codec, n_steps, num_envs, obs_dim, act_dim)),
         "networks": 4 * parameters,
         "gradients": 4 * parameters,
-        # exp_avg and exp_avg_sq; one float32 step per tensor: 6 actor, 6 critic, log_std.
-        "Adam moments": 8 * parameters + 4 * 13,
+        # exp_avg and exp_avg_sq, and one float32 step: all parameters are one flat tensor.
+        "Adam moments": 8 * parameters + 4,
         "decoded batch": 4 * batch * (obs_dim + act_dim + 3),  # log_prob, advantage, ret
     }
 
@@ -133,8 +133,8 @@ def allocated_sac(
         "networks": 4 * parameters,
         "target networks": 4 * 2 * critic,
         "gradients": 4 * parameters,
-        # exp_avg and exp_avg_sq; one float32 step per tensor: 6 actor, 6 twin critics, log_alpha.
-        "Adam moments": 8 * parameters + 4 * 13,
+        # exp_avg and exp_avg_sq; a float32 step for actor with alpha and one for the critics.
+        "Adam moments": 8 * parameters + 4 * 2,
         # obs, next_obs, action, reward in float32; terminated is a byte.
         "decoded batch": batch_size * (4 * (2 * obs_dim + act_dim + 1) + 1),
     }

@@ -1,12 +1,13 @@
-"""Proximal Policy Optimization that learns from observations stored as rounded fixed-point integers.
+"""Proximal Policy Optimization that learns from observations stored as fixed-point integers.
 
     python ppo.py --env Walker2d-v3 --quant-m 1       # the paper's method
     python ppo.py --env Walker2d-v3                   # its float64 baseline: one flag apart
 
-PPO is Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv:1707.06347v2), GAE is Schulman
-et al. (arXiv:1506.02438v6), the rounding is Grossman & Plancher, "Just Round" (ICRA 2023). Details
-follow Stable-Baselines3's `ppo/ppo.py` (2.9). As in the paper the policy acts on raw observations and
-learns from rounded ones, so the first ratio of an update is not quite 1: `losses/first_ratio_error`.
+PPO is Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv:1707.06347v2), GAE is
+Schulman et al. (arXiv:1506.02438v6), the rounding is Grossman & Plancher, "Just Round" (ICRA 2023).
+Details follow Stable-Baselines3's `ppo/ppo.py` (2.9). As in the paper the policy acts on raw
+observations and learns from rounded ones, so the ratio of an update's first minibatch is not
+quite 1; TensorBoard shows by how much as `losses/first_ratio_error`.
 
 | symbol      | name         | meaning                                         |
 |-------------|--------------|-------------------------------------------------|
@@ -20,7 +21,6 @@ learns from rounded ones, so the first ratio of an update is not quite 1: `losse
 | m, b        | quant_m, quant_b | decimals kept, clamp bound                  |
 """
 
-import itertools
 import json
 import math
 import os
@@ -38,14 +38,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import envs as tasks
 import memory
 from buffers import RolloutBuffer
-from quantize import Float, ObservationError, make_codec
+from envs import evaluate, make_vector
+from quantize import ObservationError, make_codec
 
 ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
 CLIP_EPS = 1e-6  # in the norm that the gradient is divided by; torch.nn.utils.clip_grad_norm_
@@ -54,18 +54,18 @@ ADVANTAGE_EPS = 1e-8  # keeps the normalised advantage finite; SB3 ppo.py:219
 
 @dataclass
 class Args:
-    """Train PPO on observations stored as fixed point (--quant-m) or as floats (the baseline)."""
+    """Train PPO on observations stored as fixed point (--quant-m) or as floats."""
 
     env: str = "Humanoid-v3"
     """Gymnasium id with a flat Box observation and a Box action, the paper's -v3 tasks included"""
     quant_m: int | None = None
-    """decimals kept of each stored observation (paper: 1 for PPO); None is the float baseline"""
+    """decimals kept of each stored observation (paper: 1 for PPO); None stores floats"""
     quant_b: float = 127.0
     """clamp bound: observations are clamped to [-b, b] before rounding"""
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
     """dtype in which the baseline stores observations; None is float64, the paper's"""
     quant_act: bool = False
-    """also act on the decoded observation; the paper acts on the raw one, learns from the rounded"""
+    """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
     seed: int = 1
     """of networks, environments, exploration and sampling"""
     total_timesteps: int = 1_000_000
@@ -110,16 +110,15 @@ NOT_LEARNING = ("env", "seed", "total_timesteps", "device", "eval_episodes", "ru
 
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
-    at_least_1 = ("total_timesteps", "num_envs", "hidden", "n_steps", "batch_size", "n_epochs")
-    for name, low, high in (
-        *((name, 1, math.inf) for name in at_least_1),
-        *((name, 0, math.inf) for name in ("seed", "eval_episodes", "clip_coef", "vf_coef")),
-        *((name, 0, math.inf) for name in ("ent_coef", "max_grad_norm")),
-        *((name, 0, 1) for name in ("learning_rate", "gamma", "gae_lambda")),
-    ):
-        if not low <= (value := getattr(args, name)) <= high:
-            wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    count = "total_timesteps num_envs hidden n_steps batch_size n_epochs"
+    positive = "seed eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
+    share = "learning_rate gamma gae_lambda"
+    for names, low, high in ((count, 1, math.inf), (positive, 0, math.inf), (share, 0, 1)):
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise ValueError(f"{flag} is out of range; it must be {wanted}")
     if args.batch_size > args.n_steps * args.num_envs:
         raise ValueError(
             f"--batch-size {args.batch_size} is larger than the buffer: --n-steps {args.n_steps} "
@@ -139,10 +138,10 @@ def find_device(name: str) -> torch.device:
 
 
 def make_run_dir(args: Args) -> Path:
-    """Create the run's folder: --run-name, or a derived name with the next free -2, -3, ...
+    """Create --run-name, or a derived name with the next free -2, -3, ...
 
     Raises:
-        ValueError: an explicit name that exists, or a folder that cannot be created.
+        ValueError: --run-name exists, or the folder cannot be created.
     """
     changed = [
         f"{field.name.replace('_', '-')}-{getattr(args, field.name)}"
@@ -150,16 +149,41 @@ def make_run_dir(args: Args) -> Path:
         if field.name not in NOT_LEARNING and getattr(args, field.name) != field.default
     ]
     name = "__".join([args.env.replace("/", "-"), "ppo", *changed, f"seed-{args.seed}"])
-    for number in itertools.count(1):
-        run_dir = Path(args.run_dir, args.run_name or (f"{name}-{number}" if number > 1 else name))
-        try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except FileExistsError:
-            if args.run_name:
-                raise ValueError(f"--run-name {args.run_name}: {run_dir} exists") from None
-        except OSError as error:
-            raise ValueError(f"--run-dir: cannot create {run_dir}: {error.strerror}") from None
+    run_dir, number = Path(args.run_dir, args.run_name or name), 1
+    while run_dir.exists() and not args.run_name:
+        number += 1
+        run_dir = Path(args.run_dir, f"{name}-{number}")
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot create the run's folder {run_dir}: {error.strerror}") from None
+    return run_dir
+
+
+def prepare(args: Args) -> tuple:
+    """Check everything, create the run's folder last, and say what memory the run will take.
+
+    Returns:
+        device, codec, vector env, dims (obs_dim, act_dim, num_envs), run_dir.
+
+    Raises:
+        SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
+    """
+    try:
+        check(args)
+        device = find_device(args.device)
+        codec = make_codec(args.quant_m, args.quant_b, args.storage)
+        envs = make_vector(args.env, args.num_envs)
+        (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
+        sizes = dims | {name: getattr(args, name) for name in ("hidden", "n_steps", "batch_size")}
+        footprint = memory.plan("ppo", codec, **sizes)  # refuses what cannot fit
+        run_dir = make_run_dir(args)
+    except ValueError as error:
+        print(f"ppo.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{run_dir} on {device}, observations stored as {codec.name}\n{footprint}")
+    return device, codec, envs, dims, run_dir
 
 
 class ActorCritic(nn.Module):
@@ -172,7 +196,7 @@ class ActorCritic(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
 
-        def orthogonal(inputs: int, outputs: int, gain: float) -> torch.Tensor:
+        def orthogonal(inputs: int, outputs: int, gain: float) -> Tensor:
             return nn.init.orthogonal_(torch.empty(outputs, inputs), gain).T
 
         def twice(inputs: int, outputs: int) -> nn.Parameter:
@@ -188,7 +212,7 @@ class ActorCritic(nn.Module):
         self.b_value = nn.Parameter(torch.zeros(1))
         self.log_std = nn.Parameter(torch.zeros(act_dim))
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """obs (B, n) -> mean of the action (B, k), V(s) (B,)."""
         x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w1).tanh()  # (2, B, hidden)
         policy, value = torch.baddbmm(self.b2, x, self.w2).tanh()
@@ -199,39 +223,37 @@ class ActorCritic(nn.Module):
 def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
     """Move parameters into one vector, of which they and their gradients become views.
 
-    What treats all alike, Adam and the gradient's norm, is then one operation instead of one per tensor.
+    Adam and the gradient's norm are then one operation each instead of one per tensor.
     """
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)
-    sizes = [p.numel() for p in parameters]
-    for p, data, grad in zip(
-        parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True
-    ):
-        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    start = 0
+    for p in parameters:
+        part = slice(start, start + p.numel())
+        p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
+        start += p.numel()
     return flat
 
 
-def gaussian_log_prob(
-    action: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor
-) -> torch.Tensor:
+def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log pi(a|s) of a diagonal Gaussian: action, mean (B, k), log_std (k,) -> (B,)."""
     standardised = (action - mean) / log_std.exp()
     return -(0.5 * (standardised**2 + math.log(2 * math.pi)) + log_std).sum(-1)
 
 
-def gaussian_entropy(log_std: torch.Tensor) -> torch.Tensor:
+def gaussian_entropy(log_std: Tensor) -> Tensor:
     """Entropy in nats of a diagonal Gaussian: log_std (k,) -> ()."""
     return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
 
 def compute_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    ends: torch.Tensor,
-    last_value: torch.Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    last_value: Tensor,
     gamma: float,
     gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns of a rollout. PPO eq. 11, 12; GAE eq. 16.
 
     gae_lambda = 0 gives the one-step error delta, 1 gives the discounted return minus the value.
@@ -257,16 +279,14 @@ def compute_gae(
     return advantages, advantages + values
 
 
-def normalize(advantage: torch.Tensor) -> torch.Tensor:
-    """(B,) to mean 0, std 1; not in the paper, SB3 ppo.py:217. A single value has no std and stays."""
+def normalize(advantage: Tensor) -> Tensor:
+    """(B,) to mean 0, std 1; not in the paper, SB3 ppo.py:217. A single value is left alone."""
     if len(advantage) == 1:
         return advantage
     return (advantage - advantage.mean()) / (advantage.std() + ADVANTAGE_EPS)
 
 
-def clipped_policy_loss(
-    ratio: torch.Tensor, advantage: torch.Tensor, clip_coef: float
-) -> torch.Tensor:
+def clipped_policy_loss(ratio: Tensor, advantage: Tensor, clip_coef: float) -> Tensor:
     """-E[min(r A, clip(r, 1 - eps, 1 + eps) A)]: ratio, advantage (B,) -> (). PPO eq. 7."""
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -torch.min(ratio * advantage, clipped_ratio * advantage).mean()
@@ -276,33 +296,14 @@ def main(args: Args) -> dict:
     """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
 
     Returns:
-        What training left behind: "result" (as in result.json), "policy", "buffer".
+        What training left behind: "result" (as in result.json), "policy", "optimizer", "buffer".
 
     Raises:
-        SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
+        SystemExit: code 2 for bad input, see `prepare`.
         ObservationError: the environment returned nan or inf.
     """
-    # --- Set up: nothing is created before all arguments have been found good ---------------------
-    try:
-        check(args)
-        device = find_device(args.device)
-        codec = make_codec(args.quant_m, args.quant_b, args.storage)
-        envs = tasks.make_vector(args.env, args.num_envs)
-        (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
-        sizes = dims | {name: getattr(args, name) for name in ("hidden", "n_steps", "batch_size")}
-        memory.check_fits(memory.allocated_ppo, codec, **sizes)
-        run_dir = make_run_dir(args)
-    except ValueError as error:
-        print(f"ppo.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    ledgers = (memory.allocated_ppo(c, **sizes) for c in (codec, Float()))
-    print(
-        f"{run_dir} on {device}, observations stored as {codec.name}",
-        memory.footprint(*ledgers),
-        sep="\n",
-    )
-
+    device, codec, envs, dims, run_dir = prepare(args)
+    obs_dim, act_dim = dims["obs_dim"], dims["act_dim"]
     torch.manual_seed(args.seed)
     envs.action_space.seed(args.seed)
     low, high = envs.single_action_space.low, envs.single_action_space.high
@@ -316,7 +317,7 @@ def main(args: Args) -> dict:
         """Deterministic action: the mean, clipped to the environment's bounds."""
         return policy(policy_input(obs[None]))[0][0].cpu().numpy().clip(low, high)
 
-    def policy_input(obs: np.ndarray) -> torch.Tensor:
+    def policy_input(obs: np.ndarray) -> Tensor:
         """What the policy acts on: the raw observation as in the paper, or the decoded one."""
         if args.quant_act:
             return codec.decode(codec.encode(obs).to(device))
@@ -333,24 +334,21 @@ def main(args: Args) -> dict:
 
     obs, _ = envs.reset(seed=args.seed)
     while global_step < args.total_timesteps:
-        # --- Collect n_steps transitions per env ---------------------------------------------------
+        # --- Collect n_steps transitions per env -------------------------------------------------
         for _ in range(args.n_steps):
             with torch.no_grad():
                 mean, value = policy(policy_input(obs))
                 action = mean + policy.log_std.exp() * torch.randn_like(mean)
                 log_prob = gaussian_log_prob(action, mean, policy.log_std)
             # The environment gets the clipped action; the buffer keeps what was sampled.
-            next_obs, reward, terminated, truncated, _ = envs.step(
-                action.cpu().numpy().clip(low, high)
-            )
+            clipped = action.cpu().numpy().clip(low, high)
+            next_obs, reward, terminated, truncated, _ = envs.step(clipped)
             global_step += args.num_envs
             episode_return += reward
             episode_length += 1
             done = terminated | truncated
             cut = truncated & ~terminated
-            if (
-                cut.any()
-            ):  # a time limit is no end of the task: bootstrap from the final observation
+            if cut.any():  # not an end of the task: bootstrap from the true final observation
                 with torch.no_grad():
                     _, final_value = policy(policy_input(next_obs[cut]))
                 reward[cut] += args.gamma * final_value.cpu().numpy()
@@ -359,9 +357,8 @@ def main(args: Args) -> dict:
                 episodes += [(global_step, float(ret)) for ret in episode_return[done]]
                 mean_return = float(episode_return[done].mean())
                 writer.add_scalar("charts/episodic_return", mean_return, global_step)
-                writer.add_scalar(
-                    "charts/episodic_length", episode_length[done].mean(), global_step
-                )
+                mean_length = float(episode_length[done].mean())
+                writer.add_scalar("charts/episodic_length", mean_length, global_step)
                 bar.set_postfix(episodic_return=f"{mean_return:.0f}", refresh=False)
                 episode_return[done], episode_length[done] = 0, 0
                 reset_obs, _ = envs.reset(options={"reset_mask": done})
@@ -369,7 +366,7 @@ def main(args: Args) -> dict:
             obs = next_obs
             bar.update(args.num_envs)
 
-        # --- Learn: n_epochs passes over the rollout in minibatches --------------------------------
+        # --- Learn: n_epochs passes over the rollout in minibatches ------------------------------
         with torch.no_grad():
             _, last_value = policy(policy_input(obs))
         buffer.advantages[:], buffer.returns[:] = compute_gae(
@@ -387,23 +384,20 @@ def main(args: Args) -> dict:
                 policy_loss = clipped_policy_loss(ratio, normalize(mb.advantage), args.clip_coef)
                 value_loss = F.mse_loss(value, mb.ret)
                 entropy = gaussian_entropy(policy.log_std)
-                loss = (
-                    policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-                )  # PPO eq. 9
+                # PPO eq. 9, with the sign of a loss
+                loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
                 flat.grad.zero_()
                 loss.backward()
                 flat.grad *= (args.max_grad_norm / (flat.grad.norm() + CLIP_EPS)).clamp(max=1)
                 optimizer.step()
 
-        # --- Log: the losses of the last minibatch -------------------------------------------------
+        # --- Log, the losses being those of the last minibatch -----------------------------------
         unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
         for tag, metric in {
             "losses/policy_loss": policy_loss,
             "losses/value_loss": value_loss,
             "losses/entropy": entropy,
-            "losses/approx_kl": (
-                ratio - 1 - log_ratio
-            ).mean(),  # joschu.net/blog/kl-approx.html, k3
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note on KL
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
             "losses/first_ratio_error": first_ratio_error,
             "losses/explained_variance": 1 - unexplained,
@@ -418,38 +412,38 @@ def main(args: Args) -> dict:
             clamping_reported = True
 
     # --- Sum up ----------------------------------------------------------------------------------
-    seconds = time.perf_counter() - start_time
     bar.close()
     envs.close()
     last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
     result = {
         "algo": "ppo",
         "global_step": global_step,
-        "ms_per_step": 1000 * seconds / global_step,
+        "ms_per_step": 1000 * (time.perf_counter() - start_time) / global_step,
         "storage": codec.name,
         "buffer_bytes": buffer.nbytes,
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "clip_fraction": codec.clamp.fraction,
+        "clip_fraction": codec.clamp.fraction,  # read before the evaluation adds to it
         "max_abs_obs": codec.clamp.max_abs,
         "first_ratio_error": first_ratio_error.item(),
         "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
-        "evaluation": tasks.evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
+        "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
         "args": asdict(args),
         "versions": {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)},
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
     }
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     writer.close()
-    mean = lambda returns: f"{np.mean(returns):.1f}" if returns else "none"  # noqa: E731
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    parts = {"last tenth of training": last_tenth, "deterministic": result["evaluation"]}
+    for name, rets in parts.items():
+        if rets:
+            print(f"return, {name}: {np.mean(rets):.1f} over {len(rets)} episodes")
     print(
-        f"return: {mean(last_tenth)} over the last tenth of training ({len(last_tenth)} episodes), "
-        f"{mean(result['evaluation'])} deterministic ({args.eval_episodes} episodes)\n"
-        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, "
-        f"peak resident {result['peak_rss_bytes'] / 1e6:,.0f} MB, "
-        f"max |obs| {result['max_abs_obs']:.4g}, {result['clip_fraction']:.3%} of values clamped\n"
-        f"wrote {run_dir / 'result.json'}"
+        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, peak resident "
+        f"{result['peak_rss_bytes'] / 1e6:,.0f} MB, max |obs| {result['max_abs_obs']:.4g}, "
+        f"{result['clip_fraction']:.3%} of the values clamped\nwrote {run_dir / 'result.json'}"
     )
-    return {"result": result, "policy": policy, "buffer": buffer}
+    return {"result": result, "policy": policy, "optimizer": optimizer, "buffer": buffer}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 SAC is Haarnoja et al., "Soft Actor-Critic Algorithms and Applications" (arXiv:1812.05905v2); the
 rounding is Grossman & Plancher, "Just Round" (ICRA 2023). Details follow Stable-Baselines3's
-`sac/sac.py` (2.9), with one copy of each observation and one update per transition at any --num-envs.
+`sac/sac.py` (2.9), with one copy of each observation and, at any --num-envs, one update per
+transition.
 
 | symbol   | name                  | meaning                                                      |
 |----------|-----------------------|--------------------------------------------------------------|
@@ -20,7 +21,6 @@ rounding is Grossman & Plancher, "Just Round" (ICRA 2023). Details follow Stable
 """
 
 import copy
-import itertools
 import json
 import math
 import os
@@ -38,14 +38,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import envs as tasks
 import memory
 from buffers import ReplayBuffer
-from quantize import Float, ObservationError, make_codec
+from envs import evaluate, make_vector
+from quantize import ObservationError, make_codec
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # SB3 sac/policies.py:21
 SQUASH_EPS = 1e-6  # keeps log(1 - a^2) finite at a = +-1; SB3 distributions.py:242
@@ -54,18 +54,18 @@ LOG_EVERY = 1000  # steps between two entries of the losses in TensorBoard
 
 @dataclass
 class Args:
-    """Train SAC on observations stored as fixed point (--quant-m) or as floats (the baseline)."""
+    """Train SAC on observations stored as fixed point (--quant-m) or as floats."""
 
     env: str = "Humanoid-v3"
     """Gymnasium id with a flat Box observation and a Box action, the paper's -v3 tasks included"""
     quant_m: int | None = None
-    """decimals kept of each stored observation (paper: 2 for SAC); None is the float baseline"""
+    """decimals kept of each stored observation (paper: 2 for SAC); None stores floats"""
     quant_b: float = 127.0
     """clamp bound: observations are clamped to [-b, b] before rounding"""
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
     """dtype in which the baseline stores observations; None is float64, the paper's"""
     quant_act: bool = False
-    """also act on the decoded observation; the paper acts on the raw one, learns from the rounded"""
+    """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
     seed: int = 1
     """of networks, environments, exploration and sampling"""
     total_timesteps: int = 1_000_000
@@ -108,27 +108,18 @@ NOT_LEARNING = ("env", "seed", "total_timesteps", "device", "eval_episodes", "ru
 
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
-    at_least_1 = (
-        "total_timesteps",
-        "num_envs",
-        "hidden",
-        "buffer_size",
-        "batch_size",
-        "train_freq",
-        "gradient_steps",
-    )
-    for name, low, high in (
-        *((name, 1, math.inf) for name in at_least_1),
-        *((name, 0, math.inf) for name in ("seed", "eval_episodes", "learning_starts")),
-        *((name, 0, 1) for name in ("learning_rate", "gamma", "tau")),
-    ):
-        if not low <= (value := getattr(args, name)) <= high:
-            wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    count = "total_timesteps num_envs hidden buffer_size batch_size train_freq gradient_steps"
+    positive = "seed eval_episodes learning_starts"
+    share = "learning_rate gamma tau"
+    for names, low, high in ((count, 1, math.inf), (positive, 0, math.inf), (share, 0, 1)):
+        for name in names.split():
+            if not low <= getattr(args, name) <= high:
+                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise ValueError(f"{flag} is out of range; it must be {wanted}")
     if args.batch_size > args.buffer_size:
-        raise ValueError(
-            f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}"
-        )
+        sizes = f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}"
+        raise ValueError(sizes)
 
 
 def find_device(name: str) -> torch.device:
@@ -143,10 +134,10 @@ def find_device(name: str) -> torch.device:
 
 
 def make_run_dir(args: Args) -> Path:
-    """Create the run's folder: --run-name, or a derived name with the next free -2, -3, ...
+    """Create --run-name, or a derived name with the next free -2, -3, ...
 
     Raises:
-        ValueError: an explicit name that exists, or a folder that cannot be created.
+        ValueError: --run-name exists, or the folder cannot be created.
     """
     changed = [
         f"{field.name.replace('_', '-')}-{getattr(args, field.name)}"
@@ -154,16 +145,43 @@ def make_run_dir(args: Args) -> Path:
         if field.name not in NOT_LEARNING and getattr(args, field.name) != field.default
     ]
     name = "__".join([args.env.replace("/", "-"), "sac", *changed, f"seed-{args.seed}"])
-    for number in itertools.count(1):
-        run_dir = Path(args.run_dir, args.run_name or (f"{name}-{number}" if number > 1 else name))
-        try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except FileExistsError:
-            if args.run_name:
-                raise ValueError(f"--run-name {args.run_name}: {run_dir} exists") from None
-        except OSError as error:
-            raise ValueError(f"--run-dir: cannot create {run_dir}: {error.strerror}") from None
+    run_dir, number = Path(args.run_dir, args.run_name or name), 1
+    while run_dir.exists() and not args.run_name:
+        number += 1
+        run_dir = Path(args.run_dir, f"{name}-{number}")
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot create the run's folder {run_dir}: {error.strerror}") from None
+    return run_dir
+
+
+def prepare(args: Args) -> tuple:
+    """Check everything, create the run's folder last, and say what memory the run will take.
+
+    Returns:
+        device, codec, vector env, dims (obs_dim, act_dim, num_envs), run_dir.
+
+    Raises:
+        SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
+    """
+    try:
+        check(args)
+        device = find_device(args.device)
+        codec = make_codec(args.quant_m, args.quant_b, args.storage)
+        envs = make_vector(args.env, args.num_envs)
+        (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+        dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
+        sizes = dims | {
+            name: getattr(args, name) for name in ("hidden", "buffer_size", "batch_size")
+        }
+        footprint = memory.plan("sac", codec, **sizes)  # refuses what cannot fit
+        run_dir = make_run_dir(args)
+    except ValueError as error:
+        print(f"sac.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{run_dir} on {device}, observations stored as {codec.name}\n{footprint}")
+    return device, codec, envs, dims, run_dir
 
 
 class Actor(nn.Module):
@@ -179,12 +197,12 @@ class Actor(nn.Module):
             nn.Linear(hidden, 2 * act_dim),  # the heads of mean and log_std side by side
         )
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """obs (B, n) -> mean, log_std of u, both (B, k)."""
         mean, log_std = self.net(obs).chunk(2, dim=-1)
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
-    def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """obs (B, n) -> action (B, k) in [-1, 1] by the reparametrisation trick, log_prob (B,)."""
         mean, log_std = self(obs)
         noise = torch.randn_like(mean)
@@ -193,7 +211,7 @@ class Actor(nn.Module):
 
 
 class TwinCritic(nn.Module):
-    """Q1 and Q2 as one batched network: weights are (2, inputs, outputs), biases (2, 1, outputs)."""
+    """Q1 and Q2 as one batched network: weights (2, inputs, outputs), biases (2, 1, outputs)."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
@@ -209,7 +227,7 @@ class TwinCritic(nn.Module):
         self.w2, self.b2 = uniform(hidden, 2, hidden, hidden), uniform(hidden, 2, 1, hidden)
         self.w3, self.b3 = uniform(hidden, 2, hidden, 1), uniform(hidden, 2, 1, 1)
 
-    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """obs (B, n), action (B, k) -> q (2, B)."""
         x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w_obs)  # (2, B, hidden)
         x = torch.baddbmm(x, action.expand(2, -1, -1), self.w_act).relu()
@@ -220,21 +238,21 @@ class TwinCritic(nn.Module):
 def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
     """Move parameters into one vector, of which they and their gradients become views.
 
-    What treats all alike, Adam and the target's update, is then one operation instead of one per tensor.
+    Adam and the target's update are then one operation each, not one per tensor.
     """
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    sizes = [p.numel() for p in parameters]
-    for p, data, grad in zip(
-        parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True
-    ):
-        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    trained = parameters[0].requires_grad
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]), trained)
+    flat.grad = torch.zeros_like(flat) if trained else None
+    start = 0
+    for p in parameters:
+        part = slice(start, start + p.numel())
+        p.data = flat.data[part].view_as(p)
+        p.grad = flat.grad[part].view_as(p) if trained else None
+        start += p.numel()
     return flat
 
 
-def squashed_log_prob(
-    noise: torch.Tensor, log_std: torch.Tensor, action: torch.Tensor
-) -> torch.Tensor:
+def squashed_log_prob(noise: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """log pi(a|s) of a = tanh(u), u = mean + std * noise: (B, k) each -> (B,). SAC appendix C.
 
     In [-1, 1] units. SB3 distributions.py:229 evaluates the same density through (u - mean) / std.
@@ -244,14 +262,14 @@ def squashed_log_prob(
 
 
 def soft_q_target(
-    reward: torch.Tensor,
-    terminated: torch.Tensor,
-    next_q: torch.Tensor,
-    next_log_prob: torch.Tensor,
-    alpha: torch.Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    next_q: Tensor,
+    next_log_prob: Tensor,
+    alpha: Tensor,
     gamma: float,
-) -> torch.Tensor:
-    """r + gamma (min_i Q_i(s', a') - alpha log pi(a'|s')), without the bracket where s' is terminal.
+) -> Tensor:
+    """r + gamma (min_i Q_i(s', a') - alpha log pi(a'|s')), only r where s' is terminal.
 
     A truncated episode goes on in principle, so it bootstraps. SAC eq. 3, 5 with the twin minimum.
 
@@ -263,19 +281,17 @@ def soft_q_target(
     return reward + gamma * torch.where(terminated, 0.0, next_value)
 
 
-def critic_loss(q: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Half the mean squared Bellman error, summed over both critics: q (2, B), target (B,). SAC eq. 5."""
-    return F.mse_loss(q, target.expand_as(q))  # mean over both: 0.5 (MSE1 + MSE2)
+def critic_loss(q: Tensor, target: Tensor) -> Tensor:
+    """0.5 (MSE1 + MSE2), which is the mean over both critics: q (2, B), target (B,). SAC eq. 5."""
+    return F.mse_loss(q, target.expand_as(q))
 
 
-def actor_loss(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
     """alpha log pi(a|s) - min_i Q_i(s, a), averaged: q (2, B), log_prob (B,). SAC eq. 9."""
     return (alpha * log_prob - q.amin(0)).mean()
 
 
-def alpha_loss(
-    log_alpha: torch.Tensor, log_prob: torch.Tensor, target_entropy: float
-) -> torch.Tensor:
+def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
     """-log alpha (log pi + H bar): raises alpha while the entropy is below H bar. SB3 sac.py:237.
 
     SAC eq. 18 has alpha itself in front; SB3's log alpha gives a gradient of the same sign.
@@ -287,35 +303,15 @@ def main(args: Args) -> dict:
     """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
 
     Returns:
-        What training left behind: "result" (as in result.json), "actor", "critic", "target", "log_alpha", "buffer".
+        What training left behind: "result" (as in result.json), "actor", "critic",
+        "target", "log_alpha", "optimizers", "buffer".
 
     Raises:
-        SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
+        SystemExit: code 2 for bad input, see `prepare`.
         ObservationError: the environment returned nan or inf.
     """
-    # --- Set up: nothing is created before all arguments have been found good ---------------------
-    try:
-        check(args)
-        device = find_device(args.device)
-        codec = make_codec(args.quant_m, args.quant_b, args.storage)
-        envs = tasks.make_vector(args.env, args.num_envs)
-        (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
-        sizes = dims | {
-            name: getattr(args, name) for name in ("hidden", "buffer_size", "batch_size")
-        }
-        memory.check_fits(memory.allocated_sac, codec, **sizes)
-        run_dir = make_run_dir(args)
-    except ValueError as error:
-        print(f"sac.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    ledgers = (memory.allocated_sac(c, **sizes) for c in (codec, Float()))
-    print(
-        f"{run_dir} on {device}, observations stored as {codec.name}",
-        memory.footprint(*ledgers),
-        sep="\n",
-    )
-
+    device, codec, envs, dims, run_dir = prepare(args)
+    obs_dim, act_dim = dims["obs_dim"], dims["act_dim"]
     torch.manual_seed(args.seed)
     envs.action_space.seed(args.seed)
     low, high = envs.single_action_space.low, envs.single_action_space.high
@@ -341,7 +337,7 @@ def main(args: Args) -> dict:
         """Deterministic action: tanh of the mean."""
         return to_env(actor(policy_input(obs))[0].tanh().cpu().numpy())
 
-    def policy_input(obs: np.ndarray) -> torch.Tensor:
+    def policy_input(obs: np.ndarray) -> Tensor:
         """What the policy acts on: the raw observation as in the paper, or the decoded one."""
         if args.quant_act:
             return codec.decode(codec.encode(obs).to(device))
@@ -376,7 +372,8 @@ def main(args: Args) -> dict:
             episodes += [(global_step, float(ret)) for ret in episode_return[done]]
             mean_return = float(episode_return[done].mean())
             writer.add_scalar("charts/episodic_return", mean_return, global_step)
-            writer.add_scalar("charts/episodic_length", episode_length[done].mean(), global_step)
+            mean_length = float(episode_length[done].mean())
+            writer.add_scalar("charts/episodic_length", mean_length, global_step)
             bar.set_postfix(episodic_return=f"{mean_return:.0f}", refresh=False)
             episode_return[done], episode_length[done] = 0, 0
             reset_obs, _ = envs.reset(options={"reset_mask": done})
@@ -435,35 +432,35 @@ def main(args: Args) -> dict:
                 clamping_reported = True
 
     # --- Sum up ----------------------------------------------------------------------------------
-    seconds = time.perf_counter() - start_time
     bar.close()
     envs.close()
     last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
     result = {
         "algo": "sac",
         "global_step": global_step,
-        "ms_per_step": 1000 * seconds / global_step,
+        "ms_per_step": 1000 * (time.perf_counter() - start_time) / global_step,
         "storage": codec.name,
         "buffer_bytes": buffer.nbytes,
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "clip_fraction": codec.clamp.fraction,
+        "clip_fraction": codec.clamp.fraction,  # read before the evaluation adds to it
         "max_abs_obs": codec.clamp.max_abs,
         "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
-        "evaluation": tasks.evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
+        "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
         "args": asdict(args),
         "versions": {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)},
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
     }
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     writer.close()
-    mean = lambda returns: f"{np.mean(returns):.1f}" if returns else "none"  # noqa: E731
+    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    parts = {"last tenth of training": last_tenth, "deterministic": result["evaluation"]}
+    for name, rets in parts.items():
+        if rets:
+            print(f"return, {name}: {np.mean(rets):.1f} over {len(rets)} episodes")
     print(
-        f"return: {mean(last_tenth)} over the last tenth of training ({len(last_tenth)} episodes), "
-        f"{mean(result['evaluation'])} deterministic ({args.eval_episodes} episodes)\n"
-        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, "
-        f"peak resident {result['peak_rss_bytes'] / 1e6:,.0f} MB, "
-        f"max |obs| {result['max_abs_obs']:.4g}, {result['clip_fraction']:.3%} of values clamped\n"
-        f"wrote {run_dir / 'result.json'}"
+        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, peak resident "
+        f"{result['peak_rss_bytes'] / 1e6:,.0f} MB, max |obs| {result['max_abs_obs']:.4g}, "
+        f"{result['clip_fraction']:.3%} of the values clamped\nwrote {run_dir / 'result.json'}"
     )
     return {
         "result": result,
@@ -471,6 +468,7 @@ def main(args: Args) -> dict:
         "critic": critic,
         "target": target,
         "log_alpha": log_alpha,
+        "optimizers": (actor_optimizer, critic_optimizer),
         "buffer": buffer,
     }
 

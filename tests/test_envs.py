@@ -279,6 +279,14 @@ def test_unknown_id_names_close_ones(env_id, close):
     assert "\n" not in str(error.value)
 
 
+def test_close_names_are_named_once():
+    """Gymnasium's registry has the four names too."""
+    with pytest.raises(ValueError, match="closest: ") as error:
+        envs.make("Humanoid-v33")
+    names = str(error.value).split("closest: ")[1].split(", ")
+    assert len(names) == len(set(names)) == 3
+
+
 @pytest.mark.filterwarnings("ignore:.*Hopper-v3 is out of date")
 def test_known_id_that_cannot_be_made_says_why_and_names_others():
     """Gymnasium has Hopper-v3 in its registry, but only to say that it is gone."""
