@@ -1,8 +1,8 @@
 """The only place where observations live, and always as codes of a `quantize.py` codec.
 
-`RolloutBuffer` holds PPO's n_steps per env; `ReplayBuffer` holds SAC's transitions with **one** copy of
-each observation. Both are torch tensors; a layout function names each with its shape and dtype, `memory.py`
-adds the layout up, and `nbytes` adds up the tensors themselves, so the two must agree to the byte.
+`RolloutBuffer` holds PPO's n_steps per env; `ReplayBuffer` holds SAC's transitions with **one**
+copy of each observation. A layout function names every array with shape and dtype: the buffer
+allocates it and `memory.py` adds it up, while `nbytes` adds up the arrays themselves.
 """
 
 import math
@@ -31,11 +31,15 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(raw).view(dtype).view(shape)
 
 
-def _check_finite(reward: np.ndarray) -> None:
+def _float32_reward(reward: np.ndarray) -> torch.Tensor:
+    """(num_envs,) -> float32 tensor. Raises ObservationError on nan, inf or beyond float32."""
+    with np.errstate(over="ignore"):
+        reward = np.asarray(reward, np.float32)
     if not np.isfinite(reward).all():
         raise ObservationError(
             f"nan or inf in the reward of env {np.flatnonzero(~np.isfinite(reward))}"
         )
+    return torch.from_numpy(reward)
 
 
 class RolloutBatch(NamedTuple):
@@ -113,14 +117,13 @@ class RolloutBuffer:
         Raises:
             ObservationError: nan or inf in obs or reward; nothing is stored then.
         """
-        codes = self.codec.encode(obs)
-        _check_finite(reward)
+        codes, reward = self.codec.encode(obs), _float32_reward(reward)
         t = self.step
         self.obs[t] = codes
         self.actions[t] = action
         self.log_probs[t] = log_prob
         self.values[t] = value
-        self.rewards[t] = torch.from_numpy(reward)
+        self.rewards[t] = reward
         self.ends[t] = torch.from_numpy(end)
         self.step = (t + 1) % len(self.obs)
 
@@ -137,7 +140,7 @@ class RolloutBuffer:
 
 
 class ReplayBatch(NamedTuple):
-    """A batch for SAC: obs and next_obs (B, n), action (B, k), reward (B,) float32; terminated (B,) bool."""
+    """A batch for SAC: obs, next_obs (B, n), action (B, k), reward (B,) in float32, terminated (B,)."""
 
     obs: torch.Tensor
     action: torch.Tensor
@@ -171,16 +174,17 @@ def replay_layout(
 class ReplayBuffer:
     """SAC's buffer. The next observation of row i is row i + 1, so each is stored once.
 
-    Every env has a ring of rows of its own. `head` is its open row: it holds the newest observation, whose
-    action is not known yet. An episode of T steps takes T + 1 rows:
+    Every env has a ring of rows of its own. `head` is its open row: it holds the newest
+    observation, whose action is not known yet. An episode of T steps takes T + 1 rows:
 
-        row        i     i+1   ...  i+T-1   i+T     i+T+1
-        obs        s_0   s_1        s_T-1   s_T     s'_0     s_T is the true final observation, ended or
-        is_start   1     1          1       0       0        truncated; s'_0 starts the next episode
-                                            final   head
+        row        i     i+1   ...   i+T-1   i+T     i+T+1
+        obs        s_0   s_1   ...   s_T-1   s_T     s_0 of the next episode
+        is_start   1     1     ...   1       0       0
+                                             final   head
 
-    Only rows with `is_start` begin a stored transition. Writing at the head drops the oldest row, and the
-    row before that one was dropped a step earlier, so no transition ever loses its next observation.
+    s_T is the true final observation, whether the episode terminated or was truncated. Only rows
+    with `is_start` begin a stored transition. Writing at the head drops the oldest row, and the
+    row before that one was dropped a step earlier, so no transition ever loses its successor.
 
     Args:
         codec: how observations are stored.
@@ -241,7 +245,7 @@ class ReplayBuffer:
         terminated: np.ndarray,
         truncated: np.ndarray,
     ) -> None:
-        """Complete the head row of every env and open the row after it, or the one after that at an end.
+        """Complete every env's head row; open the row after it, at an end the one after that.
 
         Args:
             action: (num_envs, k), as the networks see it.
@@ -252,12 +256,11 @@ class ReplayBuffer:
         Raises:
             ObservationError: nan or inf in next_obs or reward; nothing is stored then.
         """
-        codes = self.codec.encode(next_obs)
-        _check_finite(reward)
+        codes, reward = self.codec.encode(next_obs), _float32_reward(reward)
         row, next_row = self.head, self._after(self.head)
         new_head = np.where(terminated | truncated, self._after(next_row), next_row)
         self._put(self.actions, row, torch.from_numpy(np.asarray(action, np.float32)))
-        self._put(self.rewards, row, torch.from_numpy(np.asarray(reward, np.float32)))
+        self._put(self.rewards, row, reward)
         self._put(self.terminated, row, torch.from_numpy(terminated))
         self._put(self.obs, next_row, codes)
 

@@ -2,11 +2,12 @@
 
     env = envs.make("Humanoid-v3")      # any other Gymnasium id works too
 
-Gymnasium >= 1.2 raises ImportError for every -v3 name: they needed mujoco-py. The dynamics, rewards and
-resets of Gymnasium's -v4 classes are those of -v3; one thing is not. mujoco-py on MuJoCo >= 2.0 never
-computed contact forces, so `cfrc_ext` was all zero in the paper's stack (openai/gym#1541), while -v4 calls
-`mj_rnePostConstraint`, whose values reach the thousands on Humanoid. A faithful -v3 leaves that call out.
-Then 84 of Ant's 111 and 84 of Humanoid's 376 columns are exactly 0, and so are the contact costs.
+Gymnasium >= 1.2 raises ImportError for every -v3 name: they needed mujoco-py. The dynamics, rewards
+and resets of Gymnasium's -v4 classes are those of -v3; one thing is not. mujoco-py on MuJoCo >= 2.0
+never computed contact forces, so `cfrc_ext` was all zero in the paper's stack (openai/gym#1541),
+while -v4 calls `mj_rnePostConstraint`, whose values reach the thousands on Humanoid. A faithful -v3
+leaves that call out. Then 84 of Ant's 111 and 84 of Humanoid's 376 columns are exactly 0, and so
+are the contact costs.
 """
 
 import difflib
@@ -24,7 +25,7 @@ from gymnasium.envs.registration import EnvSpec
 
 
 class _NoContactForces:
-    """Steps the physics without `mj_rnePostConstraint`, so `cfrc_ext` keeps the zeros of `mj_resetData`.
+    """Steps without `mj_rnePostConstraint`, so `cfrc_ext` keeps the zeros of `mj_resetData`.
 
     That call only fills cacc, cfrc_int and cfrc_ext for readers; the dynamics never read them.
     """
@@ -80,8 +81,8 @@ def make(env_id: str) -> gym.Env:
     try:
         env = gym.make(V3_TASKS.get(env_id, env_id))
     except (gym.error.Error, ImportError) as error:
-        known = [*V3_TASKS, *gym.registry]
-        close = difflib.get_close_matches(env_id, known, n=3, cutoff=0.4) or list(V3_TASKS)
+        others = dict.fromkeys(name for name in [*V3_TASKS, *gym.registry] if name != env_id)
+        close = difflib.get_close_matches(env_id, others, n=3, cutoff=0.4) or list(V3_TASKS)
         if env_id in gym.registry:
             why = str(error).splitlines()[0]
             raise ValueError(f"cannot make '{env_id}': {why}; try {', '.join(close)}") from error
@@ -112,7 +113,7 @@ def make_vector(env_id: str, num_envs: int) -> gym.vector.SyncVectorEnv:
 
 
 def _unsuitable(obs_space: gym.Space, action_space: gym.Space) -> str | None:
-    """What keeps these spaces from being used here, as the end of a sentence; None if nothing does."""
+    """What keeps these spaces from being used here, as the end of a sentence; None if nothing."""
     Box = gym.spaces.Box
     if not isinstance(obs_space, Box) or len(obs_space.shape) != 1:
         return f"has observations {obs_space}; a Box of shape (n,) is needed"

@@ -447,7 +447,8 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
+    args = tyro.cli(Args)
     try:
-        main(tyro.cli(Args))
+        main(args)
     except ObservationError as error:
-        sys.exit(f"ppo.py: error: the environment returned {error}")
+        sys.exit(f"ppo.py: error: {args.env} returned {error}")

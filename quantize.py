@@ -1,19 +1,19 @@
-"""Observation -> stored code -> observation: Eq. 4, 5 and 6 of *Just Round* (Grossman & Plancher, ICRA 2023).
+"""Observation -> stored code -> observation: Eq. 4, 5, 6 of *Just Round* (Grossman, Plancher 2023).
 
     codec = FixedPoint(m=2, b=127)
     codes = codec.encode(np.array([1.23456, -500.0]))   # tensor([123, -12700], dtype=torch.int16)
     codec.decode(codes)                                 # tensor([1.2300, -127.0000])
 
-| paper | here    |                                              |
-|-------|---------|----------------------------------------------|
-| m     | `m`     | decimals kept                                |
-| a, b  | `-b, b` | clamp bounds, symmetric                      |
-| 10^m  | `scale` | codes per unit                               |
-| s_q   | `decode(encode(s))`, which equals float32(`quantize(s, m, b)`) |
+| paper | here                    | meaning                                 |
+|-------|-------------------------|-----------------------------------------|
+| m     | `m`                     | decimals kept                           |
+| a, b  | `-b`, `b`               | clamp bounds, symmetric around 0        |
+| 10^m  | `scale`                 | codes per unit                          |
+| s_q   | `decode(encode(s))`     | equals float32(`quantize(s, m, b)`)     |
 
-A codec is what a buffer holds. `encode` takes numpy observations of any leading shape and returns a CPU
-tensor of `codec.dtype`; `decode` takes such a tensor on any device and returns float32. `codec.clamp`
-counts what it had to clamp.
+A codec is what a buffer holds. `encode` takes numpy observations of any leading shape and returns
+a CPU tensor of `codec.dtype`; `decode` takes such a tensor on any device and returns float32.
+`codec.clamp` counts what it had to clamp.
 """
 
 import math
@@ -29,9 +29,9 @@ STORAGE_DTYPES = {
 
 
 def quantize(obs: np.ndarray, m: int, b: float) -> np.ndarray:
-    """Round to m decimals after clamping to [-b, b]; ties to even, float64 in and out. Paper eq. 5."""
+    """Clamp to [-b, b], then round to m decimals, ties to even; float64. Paper eq. 4, 5."""
     # + 0.0 turns -0.0 into 0.0: a fixed-point code has one zero.
-    return np.round(np.clip(np.asarray(obs, np.float64), -b, b), m) + 0.0  # eq. 4, 5
+    return np.round(np.clip(np.asarray(obs, np.float64), -b, b), m) + 0.0
 
 
 def bits(m: int, b: float) -> int:
@@ -42,8 +42,8 @@ def bits(m: int, b: float) -> int:
 def stored_bits(m: int, b: float) -> int:
     """Bits that two's complement needs for the codes -round(b 10^m) ... round(b 10^m).
 
-    Equal to `bits` at b = 127. Eq. 6 is short wherever b rounds up to a power of two at m = 0 (b = 128
-    has 257 codes in its 8 bits), and gives 1 bit for the three codes of b = 1, m = 0.
+    Equal to `bits` at b = 127. Eq. 6 is short wherever b rounds up to a power of two at m = 0
+    (b = 128 has 257 codes for its 8 bits), and gives 1 bit for the three codes of b = 1, m = 0.
     """
     return max(2, round(b * 10**m).bit_length() + 1)
 
@@ -58,7 +58,8 @@ class Clamp:
     Attributes:
         seen, clipped: numbers of values so far, and of those that lay beyond the bound.
         max_abs: largest |s| so far.
-        column_peak: (n,) float64, largest |s| beyond the bound per column, 0 where none; None before any.
+        column_peak: (n,) float64, largest |s| beyond the bound per column, 0 where there was none;
+            None while nothing was clamped.
     """
 
     def __init__(self, b: float):
@@ -75,9 +76,7 @@ class Clamp:
             ObservationError: nan or inf; nothing is counted then.
         """
         magnitude = np.abs(obs)
-        peak = float(
-            magnitude.max(initial=0.0)
-        )  # nan if any is nan, and then the next line is False
+        peak = float(magnitude.max(initial=0.0))  # nan if any is: then the comparison fails too
         if not peak <= self.b:
             if not math.isfinite(peak):
                 bad = ~np.isfinite(obs).reshape(-1, obs.shape[-1]).all(axis=0)
@@ -103,9 +102,9 @@ class Clamp:
         if self.column_peak is None:
             return None
         return (
-            f"{self.clipped:,} of {self.seen:,} observation values lie beyond +-{self.b:g} and were "
-            f"clamped, in columns {_columns(self.column_peak > 0)}; "
-            f"a bound of {math.ceil(self.max_abs)} would hold them"
+            f"{self.clipped:,} of {self.seen:,} observation values lay beyond +-{self.b:g} and "
+            f"were clamped, in columns {_columns(self.column_peak > 0)}; "
+            f"a bound of {math.ceil(self.max_abs):.7g} would hold them"
         )
 
 
@@ -127,7 +126,7 @@ class Float:
         self.dtype = dtype
         self.name = str(dtype).removeprefix("torch.")
         self.bits = 8 * dtype.itemsize
-        # float16 would turn 1e5 into inf; float64 holds 1e300, but the float32 that we decode to does not.
+        # float16 would turn 1e5 into inf, and float32, which we decode to, 1e300.
         self.clamp = Clamp(min(torch.finfo(dtype).max, torch.finfo(torch.float32).max))
 
     def encode(self, obs: np.ndarray) -> torch.Tensor:
@@ -157,7 +156,7 @@ class FixedPoint:
             raise ValueError(f"--quant-m {m} is negative; the number of decimals kept is 0 or more")
         if not 1 <= b < math.inf:
             raise ValueError(f"--quant-b {b:g} is not a bound; it must be finite and at least 1")
-        if m > 9 or not b * 10**m < 2**31:
+        if m > 9 or not round(b * 10**m) < 2**31:
             remedy = (
                 f"--quant-b {(2**31 - 1) // 10**m} fits" if m <= 9 else "--quant-m is at most 9"
             )
@@ -175,14 +174,11 @@ class FixedPoint:
         self.name = f"{str(self.dtype).removeprefix('torch.')} (m={m}, b={b:g})"
         self.bits = 8 * self.dtype.itemsize
         self.clamp = Clamp(b)
-        # Codes up to 2^24 are exact in float32, and then one float32 division rounds as float64 would.
+        # Codes up to 2^24 are exact in float32; then one float32 division rounds as float64 would.
         self._decode_dtype = torch.float32 if limit <= 2**24 else torch.float64
         self._numpy_dtype = np.dtype(f"i{self.dtype.itemsize}")
-        if limit > 2**24:
-            warnings.warn(
-                f"b * 10^m = {limit:,} is beyond 2^24: float32 cannot show {m} decimals near {b:g}",
-                stacklevel=2,
-            )
+        if np.spacing(np.float32(b)) * self.scale > 1:
+            warnings.warn(f"float32 cannot show {m} decimals near {b:g}", stacklevel=2)
 
     def encode(self, obs: np.ndarray) -> torch.Tensor:
         """(..., n) float -> (..., n) `dtype`. Raises ObservationError on nan or inf."""
@@ -192,8 +188,11 @@ class FixedPoint:
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., n) `dtype` -> (..., n) float32."""
-        # Division, not a product with 10^-m: that would be off by one ulp for 28% of the m = 2 codes.
-        return codes.to(self._decode_dtype).div_(self.scale).to(torch.float32)
+        values = codes.to(self._decode_dtype)
+        # A true division: a product with 10^-m is off by one ulp for 28% of the m = 2 codes, and
+        # CUDA turns division by a number into that product, though not division by a tensor.
+        scale = torch.full((), self.scale, dtype=values.dtype, device=values.device)
+        return values.div_(scale).to(torch.float32)
 
 
 Codec = Float | FixedPoint

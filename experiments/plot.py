@@ -4,8 +4,8 @@
     python experiments/plot.py draw --results experiments/results
 
 The CSV files are committed and the runs are not, so `draw`, and `table`, which prints the final
-returns in Markdown, need no training. `runs.csv` has a row per run, `curves.csv` one per run and bin
-of BIN steps: the mean return of the episodes that ended there, no row where none did.
+returns in Markdown, need no training. `runs.csv` has one row per run, `curves.csv` one per run and
+bin of BIN steps: the mean return of the episodes that ended in it, and no row where none did.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 BIN = 5_000  # environment steps
@@ -36,28 +37,26 @@ PANELS = {  # algo: the paper's decimals for it, tasks
     "sac": ("m=2", ["HalfCheetah-v3", "Walker2d-v3", "Humanoid-v3"]),
 }
 BLUE = {"color": "#1667c4", "linestyle": "-"}
-STYLES = {
-    "float64": {"color": "black", "linestyle": "-"},
-    **{"m=1": BLUE, "m=2": BLUE},  # never in one panel
-    "SB3": {"color": "#e07b00", "linestyle": (0, (3.5, 1.2))},
+STYLES = {  # method: label, line
+    "float64": ("float64", {"color": "black", "linestyle": "-"}),
+    "m=1": ("rounded to 1 decimal (m=1)", BLUE),
+    "m=2": ("rounded to 2 decimals (m=2)", BLUE),
+    "SB3": ("Stable-Baselines3", {"color": "#e07b00", "linestyle": (0, (3.5, 1.2))}),
 }
 CAPTION = (
-    f"Mean over the seeds; shaded: lowest to highest seed; thin: each seed, where 3 or fewer. "
-    f"Training returns in bins of {BIN:,} steps, running mean over 3 bins."
+    "Mean over seeds; shaded: from the lowest to the highest seed; thin: each seed, of 3 or fewer. "
+    f"Returns in training, averaged in bins of {BIN:,} steps, then running mean of 3 bins."
 )
-BANDS_STEPS = 300_000  # of training, which the bands are for
-BANDS = {
-    ("ppo", "Humanoid-v3"): "345 to 390",
-    ("ppo", "Ant-v3"): "50 to 200",
-    ("ppo", "HalfCheetah-v3"): "0 to 2500",
-    ("ppo", "Walker2d-v3"): "330 to 2000",
-}
-BANDS_SOURCE = """
+BANDS_STEPS = 300_000  # of PPO's training, which the bands are for
+BANDS = {"HalfCheetah-v3": "0 to 2500", "Walker2d-v3": "330 to 2000"}
+BANDS |= {"Ant-v3": "50 to 200", "Humanoid-v3": "345 to 390"}
+FOOTNOTE = """
 Mean training return over the last tenth of the steps: mean ± sample standard deviation over seeds
-(each seed). Expected: our judgement, not itself published, of PPO without normalisation after 300,000
-steps. Humanoid, Ant (with real contact forces): SB3 runs in Kallinteris-Andreas/
-gymnasium-mujuco-v5-envs-validation. HalfCheetah, Walker2d: from openai/spinningup and LQNew/
-Continuous_Control_Benchmark up to thu-ml/tianshou's, which are normalised. SAC 64-64: none published."""
+(each seed). Expected: our judgement, not itself published, of PPO without normalisation at 300,000
+steps. Humanoid and Ant (with real contact forces): from the Stable-Baselines3 runs in
+`Kallinteris-Andreas/gymnasium-mujuco-v5-envs-validation`. HalfCheetah and Walker2d: at least as in
+`openai/spinningup` and `LQNew/Continuous_Control_Benchmark`, at most as in `thu-ml/tianshou`, which
+normalises. Nothing is published for SAC with 64-64 networks."""
 
 
 def bin_returns(steps: np.ndarray, returns: np.ndarray) -> list[tuple[int, float, int]]:
@@ -99,10 +98,10 @@ def read_run(folder: Path, sb3_steps: dict[str, int]) -> tuple[dict, dict | None
     if (folder / "result.json").exists():
         try:
             row, settings = read_ours(folder / "result.json")
-        except KeyError as error:
-            raise ValueError(f"its result.json lacks {error}") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a result.json of ours: {error!r}") from None
     elif not scalars or not (name := SB3_NAME.fullmatch(folder.name)):
-        raise ValueError("unfinished: no result.json, or no episode of SB3")
+        raise ValueError("unfinished: neither a result.json nor episodes of an SB3 run")
     else:
         row = read_sb3(name, steps, returns, sb3_steps[name["algo"]])
     if row["method"] not in STYLES:
@@ -115,17 +114,17 @@ def collect(args: argparse.Namespace) -> None:
     if absent := [str(root) for root in args.roots if not root.is_dir()]:
         raise ValueError(f"no such folder: {', '.join(absent)}")
     files = [path for root in args.roots for path in root.rglob("events.out.tfevents.*")]
+    sb3_steps = {"ppo": args.sb3_ppo_steps, "sac": args.sb3_sac_steps}
     runs, references = {}, {}  # KEY: (folder, row, bins); algo, env: (folder, settings)
     for folder in sorted({path.resolve().parent for path in files}):
         try:
-            sb3_steps = {"ppo": args.sb3_ppo_steps, "sac": args.sb3_sac_steps}
             row, settings, bins = read_run(folder, sb3_steps)
         except ValueError as error:
             print(f"plot.py: left out {folder}: {error}", file=sys.stderr)
             continue
-        key = tuple(str(row[name]) for name in KEY)
+        key = (row["algo"], row["env"], row["method"], int(row["seed"]))
         if key in runs:
-            raise ValueError(f"{' '.join(key)} is both {runs[key][0]} and {folder}")
+            raise ValueError(f"{' '.join(map(str, key))} is both {runs[key][0]} and {folder}")
         runs[key] = folder, row, bins
         if settings:
             other, theirs = references.setdefault(key[:2], (folder, settings))
@@ -147,26 +146,21 @@ def collect(args: argparse.Namespace) -> None:
             for line in lines:
                 cells = (line.get(column) for column in columns)
                 writer.writerow(f"{c:.6g}" if isinstance(c, float) else c for c in cells)
-    print(
-        f"{len(rows)} runs: {args.out / 'runs.csv'}, {len(curves)} bins: {args.out / 'curves.csv'}"
-    )
+    print(f"{args.out}: {len(rows)} runs in runs.csv, {len(curves)} bins in curves.csv")
 
 
 def read_csv(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    """Rows as text. Raises ValueError for a file that `collect` did not write."""
-    try:
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; `collect` writes it") from None
+    """Rows as text. Raises OSError, or ValueError for a file that `collect` did not write."""
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file, restval="")
+        rows = list(reader)
     if reader.fieldnames != columns:
         raise ValueError(f"{path} has other columns than {', '.join(columns)}")
     return rows
 
 
-def draw_method(axes: Axes, curves: list[dict[int, float]], label: str, style: dict) -> None:
-    """The mean over seeds, their range and, of few, each: curves are {step: return}, one per seed.
+def draw_method(axes: Axes, curves: list[dict[int, float]], style: dict) -> Line2D:
+    """Mean over seeds, range and, of few, each seed: curves are {step: return}, one per seed.
 
     Where a seed has no bin, the others alone count.
     """
@@ -176,13 +170,12 @@ def draw_method(axes: Axes, curves: list[dict[int, float]], label: str, style: d
     ]
     steps = sorted(set().union(*curves))
     across = [[c[s] for c in curves if s in c] for s in steps]
-    seeds = f"{len(curves)} seed{'s' * (len(curves) > 1)}"
-    axes.plot(steps, [*map(np.mean, across)], **style, lw=1.8, label=f"{label}, {seeds}")
     if len(curves) > 1:
         lowest, highest = [*map(min, across)], [*map(max, across)]
         axes.fill_between(steps, lowest, highest, color=style["color"], alpha=0.12, lw=0)
     for curve in curves if 1 < len(curves) <= 3 else []:
-        axes.plot(curve.keys(), curve.values(), **style, lw=0.6, alpha=0.5)
+        axes.plot(curve.keys(), curve.values(), **style, lw=0.6, alpha=0.4)
+    return axes.plot(steps, [*map(np.mean, across)], **style, lw=1.9)[0]
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -195,29 +188,36 @@ def draw(args: argparse.Namespace) -> None:
         if int(row["step"]) <= end.get(key, 0):  # else training ended inside the bin
             curves[tuple(group)][seed][int(row["step"])] = float(row["episodic_return"])
     for algo, (quantised, tasks) in PANELS.items():
-        if algo not in {group[0] for group in curves}:
-            continue
         figure = Figure(figsize=(12, 3.7), dpi=120, layout="constrained")
+        lines, counts = {}, defaultdict(set)
         for axes, env in zip(figure.subplots(1, len(tasks)), tasks, strict=True):
-            for method in ("SB3", "float64", quantised):
+            for method in ("float64", quantised, "SB3"):  # dashes on top hide nothing
                 if seeds := curves.get((algo, env, method)):
-                    draw_method(axes, list(seeds.values()), method, STYLES[method])
-            axes.set_title(env, fontsize=12)
+                    lines[method] = draw_method(axes, [*seeds.values()], STYLES[method][1])
+                    counts[method].add(len(seeds))
+            axes.set_title(f"{algo.upper()}, {env}", fontsize=12)
             axes.set_xlabel("environment steps", fontsize=11)
-            axes.set_xlim(left=0)
             axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
             axes.grid(color="0.92")
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
             if axes.lines:
-                axes.legend(fontsize=9.5, frameon=False, loc="upper left", handlelength=2.3)
+                axes.set_xlim(left=0)
             else:
-                axes.text(0.5, 0.5, "no run", transform=axes.transAxes, ha="center", color="0.5")
-        figure.axes[0].set_ylabel("return of an episode", fontsize=11)
-        figure.suptitle(f"{algo.upper()}, observations stored as float64 or rounded", fontsize=13)
+                axes.set(xticks=[], yticks=[])
+                axes.text(0.5, 0.5, "no run", ha="center", color="0.5")
+        if not lines:
+            continue
+        labels = []
+        for method in lines:
+            seeds = " or ".join(map(str, sorted(counts[method])))
+            labels.append(f"{STYLES[method][0]}, {seeds} seed{'s' * (seeds != '1')}")
+        where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
+        figure.legend(list(lines.values()), labels, **where)
+        figure.axes[0].set_ylabel("episodic return (sum of rewards)", fontsize=11)
         figure.supxlabel(CAPTION, fontsize=9, color="0.35")
-        figure.savefig(args.results / f"learning_{algo}.png")
-        print(args.results / f"learning_{algo}.png")
+        figure.savefig(path := args.results / f"learning_{algo}.png")
+        print(path)
 
 
 def cell(returns: list[float]) -> str:
@@ -241,13 +241,13 @@ def table(args: argparse.Namespace) -> None:
     for (algo, env), group in sorted(groups.items()):
         steps = sorted(set(group["steps"]))
         rounded = "; ".join(f"{m}: {cell(group[m])}" for m in STYLES if m[0] == "m" and m in group)
-        fits = all(abs(count - BANDS_STEPS) < BIN for count in steps)
+        known = algo == "ppo" and all(abs(count - BANDS_STEPS) < BIN for count in steps)
         print(
             f"| {algo.upper()} | {env} | {' or '.join(f'{count:,}' for count in steps)} "
             f"| {cell(group['float64'])} | {rounded or '-'} | {cell(group['SB3'])} "
-            f"| {BANDS.get((algo, env), '-') if fits else '-'} |"
+            f"| {BANDS.get(env, '-') if known else '-'} |"
         )
-    print(BANDS_SOURCE)
+    print(FOOTNOTE)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -213,9 +213,8 @@ def test_an_update_equals_a_plain_reimplementation_of_sb3s(tmp_path, monkeypatch
     assert buffer.ends[:, 0].nonzero().flatten().tolist() == [199]
     np.testing.assert_allclose(buffer.rewards, rewards, atol=1e-4)
     np.testing.assert_allclose(buffer.values, values, atol=1e-5)
-    advantages = naive_gae(
-        torch.tensor(rewards), torch.tensor(values), torch.tensor(ends).bool(), last_value, 0.99, 0.95
-    )  # fmt: skip
+    rollout = torch.tensor(rewards), torch.tensor(values), torch.tensor(ends).bool(), last_value
+    advantages = naive_gae(*rollout, 0.99, 0.95)
     np.testing.assert_allclose(buffer.advantages, advantages, atol=1e-3)
 
     parameters = [*actor.parameters(), *critic.parameters(), log_std]

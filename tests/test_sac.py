@@ -18,7 +18,8 @@ from sac import Actor, Args, TwinCritic
 def tiny(tmp_path, **changes) -> Args:
     defaults = {
         "env": "Pendulum-v1", "total_timesteps": 60, "learning_starts": 40, "buffer_size": 500,
-        "batch_size": 16, "hidden": 8, "eval_episodes": 0, "run_dir": str(tmp_path), "device": "cpu",
+        "batch_size": 16, "hidden": 8, "eval_episodes": 0, "run_dir": str(tmp_path),
+        "device": "cpu",
     }  # fmt: skip
     return Args(**{**defaults, **changes})
 
@@ -177,7 +178,7 @@ def plain_actor(weights: dict, obs: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def test_updates_equal_a_plain_reimplementation_of_sb3s_order(tmp_path, monkeypatch):
-    """Three updates with three Adams, per-tensor parameters and torch.distributions, as SB3 does."""
+    """Three updates with three Adams over separate tensors, in SB3's order."""
     batches = []
 
     class Recording(sac.ReplayBuffer):

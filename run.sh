@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# The lab notebook: set up, train, test, reproduce. Needs Python 3.11 or newer, nothing else.
+#
+#   ./run.sh                                   the main job: SAC on Humanoid-v3, m = 2
+#   ./run.sh ppo.py --env Ant-v3 --quant-m 1   any other command line
+#   ./run.sh test                              lint and every test
+#   ./run.sh reproduce                         every run, figure and table in experiments/results
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# setup VENV REQUIREMENTS: make VENV hold exactly REQUIREMENTS; at once when it already does.
+setup() {
+    local venv=$1 requirements=$2 python stamp
+    stamp="$venv/$requirements.stamp"
+    cat requirements*.txt | cmp -s - "$stamp" && return
+    for python in python3 python3.14 python3.13 python3.12 python3.11 ""; do
+        [ -n "$python" ] || { echo "run.sh: Python 3.11 or newer is needed" >&2; exit 1; }
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    done
+    echo "run.sh: installing $requirements into $venv (minutes, once)" >&2
+    trap 'rm -rf "$venv"; echo "run.sh: setting up $venv from $requirements failed; removed it" >&2' EXIT
+    "$python" -m venv "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements"
+    cat requirements*.txt >"$stamp"
+    trap - EXIT
+}
+
+# One line per run behind experiments/results: SAC 100k steps, PPO 300k steps.
+learning_runs() {
+    local env seed
+    for env in HalfCheetah-v3 Walker2d-v3; do
+        for seed in 1 2; do
+            echo "sac.py --env $env --seed $seed --total-timesteps 100000"
+            echo "sac.py --env $env --seed $seed --total-timesteps 100000 --quant-m 2"
+        done
+    done
+    echo "sac.py --env Humanoid-v3 --seed 1 --total-timesteps 100000 --quant-m 2"
+    for env in HalfCheetah-v3 Walker2d-v3 Ant-v3 Humanoid-v3; do
+        for seed in 1 2 3; do
+            echo "ppo.py --env $env --seed $seed --total-timesteps 300000"
+            echo "ppo.py --env $env --seed $seed --total-timesteps 300000 --quant-m 1"
+        done
+    done
+}
+
+# The Stable-Baselines3 runs that they are held against.
+reference_runs() {
+    local env seed
+    for env in HalfCheetah-v3 Walker2d-v3; do
+        for seed in 1 2; do
+            echo "experiments/sb3.py --algo sac --env $env --seed $seed --total-timesteps 100000"
+        done
+        for seed in 1 2 3; do
+            echo "experiments/sb3.py --algo ppo --env $env --seed $seed --total-timesteps 300000"
+        done
+    done
+    echo "experiments/sb3.py --algo sac --env Humanoid-v3 --seed 1 --total-timesteps 100000"
+}
+
+case "${1-}" in
+test)
+    setup .venv requirements-dev.txt
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/python -m pytest "${@:2}"
+    ;;
+reproduce)
+    setup .venv requirements.txt
+    setup .venv-bench requirements-bench.txt
+    [ ! -e runs/learning ] || { echo "run.sh: runs/learning exists; move it away first" >&2; exit 2; }
+    export OMP_NUM_THREADS=1 # two runs side by side
+    learning_runs | xargs -P 2 -I{} sh -c '.venv/bin/python {} --run-dir runs/learning'
+    reference_runs | xargs -P 2 -I{} sh -c '.venv-bench/bin/python {} --run-dir runs/learning'
+    unset OMP_NUM_THREADS
+    .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
+    .venv/bin/python experiments/plot.py draw --results experiments/results
+    .venv/bin/python memory.py --plot experiments/results/memory.png
+    .venv/bin/python experiments/speed.py
+    ;;
+"")
+    setup .venv requirements.txt
+    exec .venv/bin/python sac.py --env Humanoid-v3 --quant-m 2
+    ;;
+*)
+    setup .venv requirements.txt
+    exec .venv/bin/python "$@"
+    ;;
+esac

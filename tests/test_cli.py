@@ -1,0 +1,267 @@
+"""What a user meets at the command line of sac.py and ppo.py: names, refusals, results."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import pytest
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import envs
+import memory
+import ppo
+import sac
+from quantize import ObservationError
+
+ROOT = Path(sac.__file__).parent
+SCRIPTS = {"sac": sac, "ppo": ppo}
+TINY = {
+    "sac": {"total_timesteps": 60, "learning_starts": 40, "buffer_size": 500, "batch_size": 16},
+    "ppo": {"total_timesteps": 64, "n_steps": 64, "batch_size": 32, "n_epochs": 1},
+}
+both = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def tiny(name: str, tmp_path: Path, **changes):
+    common = {"env": "Pendulum-v1", "hidden": 8, "eval_episodes": 0, "run_dir": str(tmp_path)}
+    return SCRIPTS[name].Args(**{**common, **TINY[name], **changes})
+
+
+# --- Refusals: one line, exit code 2, nothing created --------------------------------------------
+
+BAD = [
+    ({"env": "Humanoid-v33"}, "Humanoid-v3"),  # the closest names
+    ({"env": "CartPole-v1"}, "Discrete(2)"),
+    ({"env": "FrozenLake-v1"}, "Discrete(16)"),
+    ({"env": "test/Image-v0"}, "(8, 8, 3)"),
+    ({"env": "test/Dict-v0"}, "Dict"),
+    ({"quant_m": -1}, "--quant-m -1"),
+    ({"quant_m": 8}, "--quant-b 21 fits"),
+    ({"quant_m": 2, "quant_b": 0.0}, "--quant-b 0"),
+    ({"quant_m": 2, "quant_b": -127.0}, "--quant-b -127"),
+    ({"quant_m": 2, "storage": "float16"}, "--storage"),
+    ({"device": "cuda:99"}, "--device cuda:99"),
+    ({"device": "abacus"}, "--device abacus"),
+    ({"device": "meta"}, "--device meta"),
+    ({"batch_size": 100_000}, "--batch-size 100000"),
+    ({"batch_size": 0}, "--batch-size 0"),
+    ({"total_timesteps": 0}, "--total-timesteps 0"),
+    ({"num_envs": 0}, "--num-envs 0"),
+    ({"hidden": -1}, "--hidden -1"),
+    ({"seed": -1}, "--seed -1"),
+    ({"gamma": 1.5}, "--gamma 1.5"),
+    ({"learning_rate": float("nan")}, "--learning-rate nan"),
+]
+
+
+class Odd(gym.Env):
+    """Spaces that the scripts cannot use, and observations that they must refuse."""
+
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, obs_space=None, nan_at=None):
+        self.observation_space = obs_space or gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+        self.nan_at, self.steps = nan_at, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs = np.zeros(3)
+        if self.steps == self.nan_at:
+            obs[1] = np.nan
+        return obs, 1.0, False, False, {}
+
+
+@pytest.fixture(autouse=True)
+def odd_environments():
+    image = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+    gym.register("test/Image-v0", lambda: Odd(image), disable_env_checker=True)
+    gym.register("test/Dict-v0", lambda: Odd(gym.spaces.Dict(a=image)), disable_env_checker=True)
+    gym.register("test/Nan-v0", lambda: Odd(nan_at=50), disable_env_checker=True)
+    yield
+    for name in ("Image", "Dict", "Nan"):
+        del gym.registry[f"test/{name}-v0"]
+
+
+@both
+@pytest.mark.parametrize(("changes", "said"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_line_and_creates_nothing(name, changes, said, tmp_path, capfd):
+    with pytest.raises(SystemExit) as error:
+        SCRIPTS[name].main(tiny(name, tmp_path / "runs", **changes))
+    captured = capfd.readouterr()
+    lines = [line for line in captured.err.splitlines() if line]
+    assert error.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith(f"{name}.py: error: "), captured.err
+    assert said in lines[0]
+    assert not captured.out
+    assert not list(tmp_path.iterdir())
+
+
+@both
+def test_a_buffer_beyond_free_memory_is_refused_with_what_would_fit(
+    name, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(memory, "free_memory", lambda: 3_000)
+    with pytest.raises(SystemExit):
+        SCRIPTS[name].main(tiny(name, tmp_path / "runs", total_timesteps=10, hidden=2))
+    message = capfd.readouterr().err
+    flag = {"sac": "buffer-size", "ppo": "n-steps"}[name]
+    fits = int(re.search(rf"--{flag} (\d+)", message)[1])
+    assert message.count("\n") == 1 and fits < 500
+    changes = {flag.replace("-", "_"): fits, "batch_size": min(16, fits)}
+    SCRIPTS[name].main(tiny(name, tmp_path / "runs", total_timesteps=10, hidden=2, **changes))
+
+
+@both
+def test_an_explicit_run_name_that_exists_is_refused_and_left_alone(name, tmp_path, capfd):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious").write_text("data")
+    with pytest.raises(SystemExit) as error:
+        SCRIPTS[name].main(tiny(name, tmp_path, run_name="mine"))
+    message = capfd.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1 and "mine" in message
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["precious"]
+
+
+@both
+def test_a_run_folder_that_cannot_be_made_is_refused(name, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        SCRIPTS[name].main(tiny(name, tmp_path / "file"))
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@both
+def test_from_the_shell_errors_exit_2_without_a_traceback(name, tmp_path):
+    for arguments in (["--env", "Nonsense-v0"], ["--quant-m", "two"], ["--no-such-flag"]):
+        done = subprocess.run(
+            [sys.executable, ROOT / f"{name}.py", *arguments],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr and done.stderr.strip() and not done.stdout
+        assert not list(tmp_path.iterdir())
+
+
+@both
+def test_nan_in_the_middle_of_an_episode_names_the_column(name, tmp_path):
+    with pytest.raises(ObservationError, match=r"\[1\]"):
+        SCRIPTS[name].main(tiny(name, tmp_path, env="test/Nan-v0"))
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+
+@both
+def test_the_name_tells_what_differs_and_a_second_run_gets_the_next_number(name, tmp_path):
+    for _ in range(3):
+        SCRIPTS[name].main(tiny(name, tmp_path, quant_m=1, gamma=0.9, seed=4))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    base = names[0]
+    assert names == [base, f"{base}-2", f"{base}-3"]
+    assert base.startswith(f"Pendulum-v1__{name}__quant-m-1__") and base.endswith("__seed-4")
+    assert "gamma-0.9" in base and "total" not in base and str(tmp_path) not in base
+
+
+@both
+def test_a_run_prints_its_footprint_first_and_leaves_result_and_logs(name, tmp_path, capfd):
+    args = tiny(name, tmp_path, quant_m=2, eval_episodes=2, run_name="run", num_envs=2)
+    args.total_timesteps = 1200
+    returned = SCRIPTS[name].main(args)["result"]
+    out = capfd.readouterr().out
+    assert out.index("memory: buffer") < out.index("ms/step")
+    assert "float64 baseline" in out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result == returned
+    assert result["args"]["quant_m"] == 2 and len(result["evaluation"]) == 2
+    assert result["storage"].startswith("int16")
+    assert set(result["versions"]) == {"torch", "gymnasium", "mujoco", "numpy"}
+    assert result["return_last_tenth"] is None or result["return_last_tenth"] < 0
+    assert result["peak_rss_bytes"] > 50e6 and result["ms_per_step"] > 0
+    assert 5 < result["max_abs_obs"] <= 8.1  # Pendulum's angular velocity reaches 8
+
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
+    expected = {
+        "charts/episodic_return", "charts/SPS", "memory/buffer_bytes",
+        "quant/clip_fraction", "quant/max_abs_obs",
+    }  # fmt: skip
+    expected |= {"losses/first_ratio_error"} if name == "ppo" else {"losses/critic_loss"}
+    assert expected <= set(events.Tags()["scalars"])
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag  # also with two envs that end in the same step
+    (buffer_bytes, *_) = {event.value for event in events.Scalars("memory/buffer_bytes")}
+    assert buffer_bytes == result["buffer_bytes"]
+
+
+@both
+def test_clamping_is_reported_once_with_columns_and_a_bound(name, tmp_path, capfd):
+    args = tiny(name, tmp_path, quant_m=1, quant_b=2.0)
+    args.total_timesteps = 2100
+    result = SCRIPTS[name].main(args)["result"]
+    captured = capfd.readouterr()
+    text = captured.out + captured.err
+    assert text.count("warning: ") == 1
+    assert "columns [2]" in text  # the angular velocity; cosine and sine stay within 1
+    assert 2 < int(re.search(r"a bound of (\d+) would", text)[1]) <= 8
+    assert 0 < result["clip_fraction"] < 1
+
+
+@both
+def test_evaluation_counts_the_last_tenth(name, tmp_path):
+    args = tiny(name, tmp_path, eval_episodes=1)
+    args.total_timesteps = 2048
+    result = SCRIPTS[name].main(args)["result"]
+    assert -2000 < result["return_last_tenth"] < 0
+    assert -2000 < result["evaluation"][0] < 0
+
+
+# --- The README ----------------------------------------------------------------------------------
+
+
+def readme_commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line]
+
+
+def test_the_readmes_commands_parse():
+    checked = 0
+    for command in readme_commands():
+        words = command[1:] if command[0] in ("python", "./run.sh") else command
+        if words and words[0] in ("sac.py", "ppo.py", "memory.py"):
+            module = {"sac.py": sac, "ppo.py": ppo, "memory.py": memory}[words[0]]
+            tyro.cli(module.Args, args=words[1:])
+            checked += 1
+        elif words and words[0].endswith(".py"):
+            assert (ROOT / words[0]).exists()
+    assert checked >= 4
+
+
+@both
+def test_help_explains_every_flag(name, capsys):
+    with pytest.raises(SystemExit) as done:
+        tyro.cli(SCRIPTS[name].Args, args=["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for field in SCRIPTS[name].Args.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text
+
+
+def test_evaluate_caps_an_episode_that_never_ends(monkeypatch):
+    monkeypatch.setattr(envs, "make", lambda env_id: Odd())
+    assert envs.evaluate("endless", lambda obs: np.zeros(1), episodes=1, seed=0) == [10_000.0]
+
+
+def test_free_memory_is_what_this_machine_has():
+    assert 0 < memory.free_memory() <= psutil.virtual_memory().total
