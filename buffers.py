@@ -140,7 +140,10 @@ class RolloutBuffer:
 
 
 class ReplayBatch(NamedTuple):
-    """A batch for SAC: obs, next_obs (B, n), action (B, k), reward (B,) in float32, terminated (B,)."""
+    """A batch for SAC, float32: obs, next_obs (B, n), action (B, k), reward (B,).
+
+    terminated is (B,) bool.
+    """
 
     obs: torch.Tensor
     action: torch.Tensor

@@ -156,7 +156,7 @@ class FixedPoint:
             raise ValueError(f"--quant-m {m} is negative; the number of decimals kept is 0 or more")
         if not 1 <= b < math.inf:
             raise ValueError(f"--quant-b {b:g} is not a bound; it must be finite and at least 1")
-        if m > 9 or not round(b * 10**m) < 2**31:
+        if m > 9 or not b * 10**m < 2**31 - 0.5:  # the largest code is rounded
             remedy = (
                 f"--quant-b {(2**31 - 1) // 10**m} fits" if m <= 9 else "--quant-m is at most 9"
             )
@@ -177,7 +177,7 @@ class FixedPoint:
         # Codes up to 2^24 are exact in float32; then one float32 division rounds as float64 would.
         self._decode_dtype = torch.float32 if limit <= 2**24 else torch.float64
         self._numpy_dtype = np.dtype(f"i{self.dtype.itemsize}")
-        if np.spacing(np.float32(b)) * self.scale > 1:
+        if np.spacing(np.nextafter(np.float32(b), np.float32(0))) * self.scale > 1:
             warnings.warn(f"float32 cannot show {m} decimals near {b:g}", stacklevel=2)
 
     def encode(self, obs: np.ndarray) -> torch.Tensor:

@@ -3,7 +3,8 @@
     python experiments/sb3.py --algo sac --env Walker2d-v3 --seed 1 --total-timesteps 100000
 
 Runs in a virtual environment of its own (`requirements-bench.txt`; `run.sh reproduce` makes it).
-SB3's defaults, but for SAC's 64-64 networks, the paper's, for which nothing is published. Writes the same `charts/episodic_return` tag as our scripts, so `plot.py` reads both the same way.
+SB3's defaults, but for SAC's 64-64 networks, the paper's, for which nothing is published. Writes
+the same `charts/episodic_return` tag as our scripts, so `plot.py` reads both the same way.
 """
 
 import argparse
