@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+import torch
 import tyro
 
 from buffers import Layout, layout_bytes, replay_layout, rollout_layout
@@ -168,8 +169,13 @@ def footprint(ledger: Ledger, baseline: Ledger) -> str:
     )
 
 
-def free_memory() -> int:
-    """Bytes this process may still allocate: the least that machine, cgroups and rlimits leave."""
+def free_memory(device: torch.device) -> int:
+    """Bytes this process may still allocate on device.
+
+    On the CPU the least that the machine, its cgroups and its rlimits leave.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return max(0, min([psutil.virtual_memory().available, *_cgroup_room(), *_rlimit_room()]))
 
 
@@ -212,20 +218,17 @@ def _text(path: Path) -> str:
         return ""
 
 
-def check_fits(
-    allocated: Callable[..., Ledger], codec: Codec, *, free: int | None = None, **sizes: int
-) -> None:
-    """Refuse a run that cannot fit: `check_fits(allocated_sac, codec, **sizes)`.
+def check_fits(allocated: Callable[..., Ledger], codec: Codec, free: int, **sizes: int) -> None:
+    """Refuse a run that cannot fit: `check_fits(allocated_sac, codec, free, **sizes)`.
 
     Args:
         allocated: `allocated_ppo` or `allocated_sac`.
         codec, sizes: its arguments.
-        free: bytes to fit in; None asks `free_memory()`.
+        free: bytes to fit in.
 
     Raises:
         ValueError: one line with what is needed, what is free and which flags would fit.
     """
-    free = free_memory() if free is None else free
     needed = sum(allocated(codec, **sizes).values())
     if needed <= free:
         return
@@ -251,10 +254,10 @@ def check_fits(
     )
 
 
-def plan(algo: str, codec: Codec, **sizes: int) -> str:
+def plan(algo: str, codec: Codec, device: torch.device, **sizes: int) -> str:
     """What `ppo.py` and `sac.py` print before training: `check_fits`, then the `footprint`."""
     allocated = {"ppo": allocated_ppo, "sac": allocated_sac}[algo]
-    check_fits(allocated, codec, **sizes)
+    check_fits(allocated, codec, free_memory(device), **sizes)
     return footprint(allocated(codec, **sizes), allocated(Float(), **sizes))
 
 

@@ -5,7 +5,7 @@
 
 PPO is Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv:1707.06347v2), GAE is
 Schulman et al. (arXiv:1506.02438v6), the rounding is Grossman & Plancher, "Just Round" (ICRA 2023).
-Details follow Stable-Baselines3's `ppo/ppo.py` (2.9). As in the paper the policy acts on raw
+Details follow Stable-Baselines3's `ppo/ppo.py` (2.9.2). As in the paper the policy acts on raw
 observations and learns from rounded ones, so the ratio of an update's first minibatch is not
 quite 1; TensorBoard shows by how much as `losses/first_ratio_error`.
 
@@ -21,6 +21,7 @@ quite 1; TensorBoard shows by how much as `losses/first_ratio_error`.
 | m, b        | quant_m, quant_b | decimals kept, clamp bound                  |
 """
 
+import itertools
 import json
 import math
 import os
@@ -45,7 +46,7 @@ from tqdm import tqdm
 import memory
 from buffers import RolloutBuffer
 from envs import evaluate, make_vector
-from quantize import ObservationError, make_codec
+from quantize import ObservationError, check_finite, make_codec
 
 ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
 CLIP_EPS = 1e-6  # in the norm that the gradient is divided by; torch.nn.utils.clip_grad_norm_
@@ -111,14 +112,14 @@ NOT_LEARNING = ("env", "seed", "total_timesteps", "device", "eval_episodes", "ru
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
     count = "total_timesteps num_envs hidden n_steps batch_size n_epochs"
-    positive = "seed eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
+    positive = "eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
     share = "learning_rate gamma gae_lambda"
-    for names, low, high in ((count, 1, math.inf), (positive, 0, math.inf), (share, 0, 1)):
+    ranges = ((count, 1, 10**12), (positive, 0, 10**12), (share, 0, 1), ("seed", 0, 2**32 - 1))
+    for names, low, high in ranges:
         for name in names.split():
             if not low <= getattr(args, name) <= high:
-                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise ValueError(f"{flag} is out of range; it must be {wanted}")
+                raise ValueError(f"{flag} is out of range; it must be from {low} to {high}")
     if args.batch_size > args.n_steps * args.num_envs:
         raise ValueError(
             f"--batch-size {args.batch_size} is larger than the buffer: --n-steps {args.n_steps} "
@@ -149,14 +150,19 @@ def make_run_dir(args: Args) -> Path:
         if field.name not in NOT_LEARNING and getattr(args, field.name) != field.default
     ]
     name = "__".join([args.env.replace("/", "-"), "ppo", *changed, f"seed-{args.seed}"])
-    run_dir, number = Path(args.run_dir, args.run_name or name), 1
-    while run_dir.exists() and not args.run_name:
-        number += 1
-        run_dir = Path(args.run_dir, f"{name}-{number}")
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"cannot create the run's folder {run_dir}: {error.strerror}") from None
+    for number in itertools.count(1):
+        derived = name if number == 1 else f"{name}-{number}"
+        run_dir = Path(args.run_dir, args.run_name or derived)
+        try:
+            if len(run_dir.name) > 255:  # of most file systems; mkdir would first make the parents
+                raise ValueError(f"{run_dir.name} is too long; choose a shorter --run-name")
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if args.run_name:
+                raise ValueError(f"{run_dir} exists; choose another --run-name") from None
+        except OSError as error:
+            raise ValueError(f"cannot create {run_dir}: {error.strerror}") from None
     return run_dir
 
 
@@ -177,7 +183,7 @@ def prepare(args: Args) -> tuple:
         (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
         dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
         sizes = dims | {name: getattr(args, name) for name in ("hidden", "n_steps", "batch_size")}
-        footprint = memory.plan("ppo", codec, **sizes)  # refuses what cannot fit
+        footprint = memory.plan("ppo", codec, device, **sizes)  # refuses what cannot fit
         run_dir = make_run_dir(args)
     except ValueError as error:
         print(f"ppo.py: error: {error}", file=sys.stderr)
@@ -280,7 +286,7 @@ def compute_gae(
 
 
 def normalize(advantage: Tensor) -> Tensor:
-    """(B,) to mean 0, std 1; not in the paper, SB3 ppo.py:217. A single value is left alone."""
+    """(B,) to mean 0, std 1; not in the paper, SB3 ppo.py:218. A single value is left alone."""
     if len(advantage) == 1:
         return advantage
     return (advantage - advantage.mean()) / (advantage.std() + ADVANTAGE_EPS)
@@ -313,14 +319,17 @@ def main(args: Args) -> dict:
     optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=ADAM_EPS, fused=True)
     buffer = RolloutBuffer(codec, args.n_steps, **dims, device=device, seed=args.seed)
 
+    acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)  # counts nothing twice
+
     def best_action(obs: np.ndarray) -> np.ndarray:
         """Deterministic action: the mean, clipped to the environment's bounds."""
-        return policy(policy_input(obs[None]))[0][0].cpu().numpy().clip(low, high)
+        mean, _ = policy(policy_input(obs[None]))
+        return mean[0].cpu().numpy().clip(low, high)
 
     def policy_input(obs: np.ndarray) -> Tensor:
         """What the policy acts on: the raw observation as in the paper, or the decoded one."""
         if args.quant_act:
-            return codec.decode(codec.encode(obs).to(device))
+            return acting_codec.decode(acting_codec.encode(obs).to(device))
         return torch.from_numpy(obs).to(device, torch.float32)
 
     writer = SummaryWriter(str(run_dir))
@@ -330,7 +339,7 @@ def main(args: Args) -> dict:
     episodes: list[tuple[int, float]] = []  # (global_step at the end, return)
     episode_return = np.zeros(args.num_envs, np.float64)
     episode_length = np.zeros(args.num_envs, np.int64)
-    global_step, clamping_reported, start_time = 0, False, time.perf_counter()
+    global_step, reported, start_time = 0, False, time.perf_counter()
 
     obs, _ = envs.reset(seed=args.seed)
     while global_step < args.total_timesteps:
@@ -343,6 +352,7 @@ def main(args: Args) -> dict:
             # The environment gets the clipped action; the buffer keeps what was sampled.
             clipped = action.cpu().numpy().clip(low, high)
             next_obs, reward, terminated, truncated, _ = envs.step(clipped)
+            check_finite(next_obs)  # the values and the policy see it before the buffer does
             global_step += args.num_envs
             episode_return += reward
             episode_length += 1
@@ -407,9 +417,9 @@ def main(args: Args) -> dict:
             "quant/max_abs_obs": codec.clamp.max_abs,
         }.items():
             writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
-        if codec.clamp.clipped and not clamping_reported:
+        if codec.clamp.clipped and not reported:
             bar.write(f"warning: {codec.clamp.report()}", file=sys.stderr)
-            clamping_reported = True
+            reported = True
 
     # --- Sum up ----------------------------------------------------------------------------------
     bar.close()
@@ -422,7 +432,7 @@ def main(args: Args) -> dict:
         "storage": codec.name,
         "buffer_bytes": buffer.nbytes,
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "clip_fraction": codec.clamp.fraction,  # read before the evaluation adds to it
+        "clip_fraction": codec.clamp.fraction,
         "max_abs_obs": codec.clamp.max_abs,
         "first_ratio_error": first_ratio_error.item(),
         "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,

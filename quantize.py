@@ -52,6 +52,14 @@ class ObservationError(ValueError):
     """An observation that cannot be stored: nan or inf. The message names the columns."""
 
 
+def check_finite(obs: np.ndarray) -> None:
+    """Raise ObservationError, naming the columns, if (..., n) observations hold nan or inf."""
+    finite = np.isfinite(obs)
+    if not finite.all():
+        bad = ~finite.reshape(-1, obs.shape[-1]).all(axis=0)
+        raise ObservationError(f"nan or inf in observation columns {_columns(bad)}")
+
+
 class Clamp:
     """Eq. 4 with a = -b. Refuses what is not finite and counts what it changes.
 
@@ -62,8 +70,9 @@ class Clamp:
             None while nothing was clamped.
     """
 
-    def __init__(self, b: float):
+    def __init__(self, b: float, remedy: str):
         self.b = b
+        self.remedy = remedy  # what would hold the clamped values; {bound} is filled in
         self.seen = 0
         self.clipped = 0
         self.max_abs = 0.0
@@ -78,9 +87,7 @@ class Clamp:
         magnitude = np.abs(obs)
         peak = float(magnitude.max(initial=0.0))  # nan if any is: then the comparison fails too
         if not peak <= self.b:
-            if not math.isfinite(peak):
-                bad = ~np.isfinite(obs).reshape(-1, obs.shape[-1]).all(axis=0)
-                raise ObservationError(f"nan or inf in observation columns {_columns(bad)}")
+            check_finite(obs)
             beyond = magnitude > self.b
             peaks = np.where(beyond, magnitude, 0.0).reshape(-1, obs.shape[-1]).max(axis=0)
             if self.column_peak is None:
@@ -104,7 +111,7 @@ class Clamp:
         return (
             f"{self.clipped:,} of {self.seen:,} observation values lay beyond +-{self.b:g} and "
             f"were clamped, in columns {_columns(self.column_peak > 0)}; "
-            f"a bound of {math.ceil(self.max_abs):.7g} would hold them"
+            f"{self.remedy.format(bound=math.ceil(self.max_abs))} would hold them"
         )
 
 
@@ -127,7 +134,8 @@ class Float:
         self.name = str(dtype).removeprefix("torch.")
         self.bits = 8 * dtype.itemsize
         # float16 would turn 1e5 into inf, and float32, which we decode to, 1e300.
-        self.clamp = Clamp(min(torch.finfo(dtype).max, torch.finfo(torch.float32).max))
+        largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        self.clamp = Clamp(largest, "a wider --storage")
 
     def encode(self, obs: np.ndarray) -> torch.Tensor:
         """(..., n) float -> (..., n) `dtype`. Raises ObservationError on nan or inf."""
@@ -173,7 +181,7 @@ class FixedPoint:
         )
         self.name = f"{str(self.dtype).removeprefix('torch.')} (m={m}, b={b:g})"
         self.bits = 8 * self.dtype.itemsize
-        self.clamp = Clamp(b)
+        self.clamp = Clamp(b, "a bound of {bound}")
         # Codes up to 2^24 are exact in float32; then one float32 division rounds as float64 would.
         self._decode_dtype = torch.float32 if limit <= 2**24 else torch.float64
         self._numpy_dtype = np.dtype(f"i{self.dtype.itemsize}")
@@ -205,6 +213,8 @@ def make_codec(quant_m: int | None, quant_b: float, storage: str | None) -> Code
         ValueError: flags that contradict each other or are out of range.
     """
     if quant_m is None:
+        if quant_b != 127:
+            raise ValueError(f"--quant-b {quant_b:g} does nothing without --quant-m; add it")
         return Float(STORAGE_DTYPES[storage or "float64"])
     if storage is not None:
         raise ValueError(

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# setup VENV REQUIREMENTS: make VENV hold exactly REQUIREMENTS; at once when it already does.
+# setup VENV REQUIREMENTS: install REQUIREMENTS into VENV; returns at once when that was done before.
 setup() {
     local venv=$1 requirements=$2 python stamp
     stamp="$venv/$requirements.stamp"
@@ -18,8 +18,13 @@ setup() {
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
     done
     echo "run.sh: installing $requirements into $venv (minutes, once)" >&2
-    trap 'rm -rf "$venv"; echo "run.sh: setting up $venv from $requirements failed; removed it" >&2' EXIT
-    "$python" -m venv "$venv"
+    # Expanded now: when the trap runs, the function's variables are gone. A venv that worked stays.
+    if [ -e "$venv/bin/python" ]; then
+        trap "echo 'run.sh: installing $requirements into $venv failed, see above' >&2" EXIT
+    else
+        trap "rm -rf '$venv'; echo 'run.sh: setting up $venv failed, see above; removed it' >&2" EXIT
+        "$python" -m venv "$venv"
+    fi
     "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements"
     cat requirements*.txt >"$stamp"
     trap - EXIT
@@ -65,9 +70,9 @@ test)
     .venv/bin/python -m pytest "${@:2}"
     ;;
 reproduce)
+    [ ! -e runs/learning ] || { echo "run.sh: runs/learning exists; move it away first" >&2; exit 2; }
     setup .venv requirements.txt
     setup .venv-bench requirements-bench.txt
-    [ ! -e runs/learning ] || { echo "run.sh: runs/learning exists; move it away first" >&2; exit 2; }
     export OMP_NUM_THREADS=1 # two runs side by side
     learning_runs | xargs -P 2 -I{} sh -c '.venv/bin/python {} --run-dir runs/learning'
     reference_runs | xargs -P 2 -I{} sh -c '.venv-bench/bin/python {} --run-dir runs/learning'

@@ -5,7 +5,7 @@
 
 SAC is Haarnoja et al., "Soft Actor-Critic Algorithms and Applications" (arXiv:1812.05905v2); the
 rounding is Grossman & Plancher, "Just Round" (ICRA 2023). Details follow Stable-Baselines3's
-`sac/sac.py` (2.9), with one copy of each observation and, at any --num-envs, one update per
+`sac/sac.py` (2.9.2), with one copy of each observation and, at any --num-envs, one update per
 transition.
 
 | symbol   | name                  | meaning                                                      |
@@ -21,6 +21,7 @@ transition.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -48,7 +49,7 @@ from envs import evaluate, make_vector
 from quantize import ObservationError, make_codec
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # SB3 sac/policies.py:21
-SQUASH_EPS = 1e-6  # keeps log(1 - a^2) finite at a = +-1; SB3 distributions.py:242
+SQUASH_EPS = 1e-6  # keeps log(1 - a^2) finite at a = +-1; SB3 distributions.py:241
 LOG_EVERY = 1000  # steps between two entries of the losses in TensorBoard
 
 
@@ -109,14 +110,16 @@ NOT_LEARNING = ("env", "seed", "total_timesteps", "device", "eval_episodes", "ru
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
     count = "total_timesteps num_envs hidden buffer_size batch_size train_freq gradient_steps"
-    positive = "seed eval_episodes learning_starts"
+    positive = "eval_episodes learning_starts"
     share = "learning_rate gamma tau"
-    for names, low, high in ((count, 1, math.inf), (positive, 0, math.inf), (share, 0, 1)):
+    ranges = ((count, 1, 10**12), (positive, 0, 10**12), (share, 0, 1), ("seed", 0, 2**32 - 1))
+    for names, low, high in ranges:
         for name in names.split():
             if not low <= getattr(args, name) <= high:
-                wanted = f"from {low} to {high}" if high < math.inf else f"at least {low}"
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise ValueError(f"{flag} is out of range; it must be {wanted}")
+                raise ValueError(f"{flag} is out of range; it must be from {low} to {high}")
+    if args.target_entropy is not None and not math.isfinite(args.target_entropy):
+        raise ValueError(f"--target-entropy {args.target_entropy} is not finite")
     if args.batch_size > args.buffer_size:
         sizes = f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}"
         raise ValueError(sizes)
@@ -145,14 +148,19 @@ def make_run_dir(args: Args) -> Path:
         if field.name not in NOT_LEARNING and getattr(args, field.name) != field.default
     ]
     name = "__".join([args.env.replace("/", "-"), "sac", *changed, f"seed-{args.seed}"])
-    run_dir, number = Path(args.run_dir, args.run_name or name), 1
-    while run_dir.exists() and not args.run_name:
-        number += 1
-        run_dir = Path(args.run_dir, f"{name}-{number}")
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"cannot create the run's folder {run_dir}: {error.strerror}") from None
+    for number in itertools.count(1):
+        derived = name if number == 1 else f"{name}-{number}"
+        run_dir = Path(args.run_dir, args.run_name or derived)
+        try:
+            if len(run_dir.name) > 255:  # of most file systems; mkdir would first make the parents
+                raise ValueError(f"{run_dir.name} is too long; choose a shorter --run-name")
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if args.run_name:
+                raise ValueError(f"{run_dir} exists; choose another --run-name") from None
+        except OSError as error:
+            raise ValueError(f"cannot create {run_dir}: {error.strerror}") from None
     return run_dir
 
 
@@ -175,7 +183,7 @@ def prepare(args: Args) -> tuple:
         sizes = dims | {
             name: getattr(args, name) for name in ("hidden", "buffer_size", "batch_size")
         }
-        footprint = memory.plan("sac", codec, **sizes)  # refuses what cannot fit
+        footprint = memory.plan("sac", codec, device, **sizes)  # refuses what cannot fit
         run_dir = make_run_dir(args)
     except ValueError as error:
         print(f"sac.py: error: {error}", file=sys.stderr)
@@ -185,7 +193,7 @@ def prepare(args: Args) -> tuple:
 
 
 class Actor(nn.Module):
-    """pi(a|s): a Gaussian squashed by tanh. SB3 sac/policies.py:30-164."""
+    """pi(a|s): a Gaussian squashed by tanh. SB3 sac/policies.py:25."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
@@ -292,7 +300,7 @@ def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
 
 
 def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """-log alpha (log pi + H bar): raises alpha while the entropy is below H bar. SB3 sac.py:237.
+    """-log alpha (log pi + H bar): raises alpha while the entropy is below H bar. SB3 sac.py:240.
 
     SAC eq. 18 has alpha itself in front; SB3's log alpha gives a gradient of the same sign.
     """
@@ -333,14 +341,17 @@ def main(args: Args) -> dict:
         """From [-1, 1] to the environment's bounds."""
         return low + (action + 1) / 2 * (high - low)
 
+    acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)  # counts nothing twice
+
     def best_action(obs: np.ndarray) -> np.ndarray:
         """Deterministic action: tanh of the mean."""
-        return to_env(actor(policy_input(obs))[0].tanh().cpu().numpy())
+        mean, _ = actor(policy_input(obs[None]))
+        return to_env(mean[0].tanh().cpu().numpy())
 
     def policy_input(obs: np.ndarray) -> Tensor:
         """What the policy acts on: the raw observation as in the paper, or the decoded one."""
         if args.quant_act:
-            return codec.decode(codec.encode(obs).to(device))
+            return acting_codec.decode(acting_codec.encode(obs).to(device))
         return torch.from_numpy(obs).to(device, torch.float32)
 
     writer = SummaryWriter(str(run_dir))
@@ -350,7 +361,8 @@ def main(args: Args) -> dict:
     episodes: list[tuple[int, float]] = []  # (global_step at the end, return)
     episode_return = np.zeros(args.num_envs, np.float64)
     episode_length = np.zeros(args.num_envs, np.int64)
-    global_step, clamping_reported, start_time = 0, False, time.perf_counter()
+    global_step, next_log, reported = 0, LOG_EVERY, False
+    start_time = time.perf_counter()
 
     obs, _ = envs.reset(seed=args.seed)
     buffer.start(obs, np.ones(args.num_envs, bool))
@@ -364,6 +376,9 @@ def main(args: Args) -> dict:
                 action = (mean + log_std.exp() * torch.randn_like(mean)).tanh().cpu().numpy()
         next_obs, reward, terminated, truncated, _ = envs.step(to_env(action))
         buffer.add(action, reward, next_obs, terminated, truncated)
+        if codec.clamp.clipped and not reported:
+            bar.write(f"warning: {codec.clamp.report()}", file=sys.stderr)
+            reported = True
         global_step += args.num_envs
         episode_return += reward
         episode_length += 1
@@ -413,12 +428,14 @@ def main(args: Args) -> dict:
                 target_flat.lerp_(critic_flat, args.tau)  # target + tau (critic - target)
 
         # --- Log ---------------------------------------------------------------------------------
-        if global_step % LOG_EVERY < args.num_envs and due:
+        if due and global_step >= next_log:
+            next_log = global_step + LOG_EVERY
             for tag, metric in {
-                "losses/critic_loss": loss_critic,
+                "losses/qf_loss": loss_critic,
                 "losses/actor_loss": loss_actor,
                 "losses/alpha_loss": loss_alpha,
-                "losses/q_values": q.mean(),
+                "losses/qf1_values": q[0].mean(),
+                "losses/qf2_values": q[1].mean(),
                 "losses/entropy": -log_prob.mean(),
                 "losses/alpha": alpha,
                 "charts/SPS": global_step / (time.perf_counter() - start_time),
@@ -427,9 +444,6 @@ def main(args: Args) -> dict:
                 "quant/max_abs_obs": codec.clamp.max_abs,
             }.items():
                 writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
-            if codec.clamp.clipped and not clamping_reported:
-                bar.write(f"warning: {codec.clamp.report()}", file=sys.stderr)
-                clamping_reported = True
 
     # --- Sum up ----------------------------------------------------------------------------------
     bar.close()
@@ -442,7 +456,7 @@ def main(args: Args) -> dict:
         "storage": codec.name,
         "buffer_bytes": buffer.nbytes,
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "clip_fraction": codec.clamp.fraction,  # read before the evaluation adds to it
+        "clip_fraction": codec.clamp.fraction,
         "max_abs_obs": codec.clamp.max_abs,
         "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
         "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),

@@ -40,7 +40,9 @@ class LogEpisodes(BaseCallback):
 def main(args: argparse.Namespace) -> None:
     env = Monitor(envs.make(args.env))
     name = f"{args.env}__sb3-{args.algo}__seed{args.seed}"
-    writer = SummaryWriter(str(Path(args.run_dir) / name))
+    folder = Path(args.run_dir) / name
+    folder.mkdir(parents=True)  # never two runs in one folder
+    writer = SummaryWriter(str(folder))
     if args.algo == "sac":
         model = SAC("MlpPolicy", env, seed=args.seed, policy_kwargs={"net_arch": [64, 64]})
     else:
@@ -49,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     model.learn(args.total_timesteps, callback=LogEpisodes(writer))
     writer.close()
     ms = (time.perf_counter() - start) / args.total_timesteps * 1000
-    print(f"{name}: {args.total_timesteps:,} steps, {ms:.2f} ms/step")
+    print(f"{name}: {args.total_timesteps:,} steps, {ms:.4f} ms/step")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Milliseconds per environment step of the whole training loop: float64, rounded, and SB3's.
 
     python experiments/speed.py                              # table, and results/speed.csv
-    python experiments/speed.py --rounds 2 --steps-sac 400 --steps-ppo 2048 --out /tmp/speed.csv
+    python experiments/speed.py --rounds 2 --steps-sac 400 --steps-ppo 2048 --out speed.csv
 
 Every measurement is a fresh process on the CPU. A round runs each cell's variants in turn, in an
 order that moves on by one from round to round, so that drift of the machine hits all alike. The
@@ -177,7 +177,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and write. SystemExit with code 2 and one line for bad input."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps-sac", type=int, default=3000, help="of each SAC run")
     parser.add_argument("--steps-ppo", type=int, default=16384, help="of each PPO run")
     parser.add_argument("--threads", type=int, default=2, help="of torch")

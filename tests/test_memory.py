@@ -207,11 +207,11 @@ def machine(monkeypatch, tmp_path):
 
 
 def test_free_memory_of_this_machine():
-    assert 0 < memory.free_memory() <= psutil.virtual_memory().total
+    assert 0 < memory.free_memory(CPU) <= psutil.virtual_memory().total
 
 
 def test_free_memory_without_limits(machine):
-    assert memory.free_memory() == 8000
+    assert memory.free_memory(CPU) == 8000
 
 
 @pytest.mark.parametrize("folder", ["a/b", "a", ""])
@@ -221,9 +221,9 @@ def test_cgroup_v2_limit_at_any_level_binds(machine, folder):
         machine.write(machine.root / level / "memory.max", "max\n")
         machine.write(machine.root / level / "memory.current", "900\n")
     machine.write(machine.root / folder / "memory.max", "3000\n")
-    assert memory.free_memory() == 2100
+    assert memory.free_memory(CPU) == 2100
     machine.write(machine.root / folder / "memory.stat", "inactive_anon 7\ninactive_file 400\n")
-    assert memory.free_memory() == 2500  # page cache can be reclaimed
+    assert memory.free_memory(CPU) == 2500  # page cache can be reclaimed
 
 
 @pytest.mark.parametrize("folder", ["docker/x", ""])  # "" is what a container sees
@@ -233,30 +233,30 @@ def test_cgroup_v1_limit(machine, folder):
     machine.write(group / "memory.limit_in_bytes", "3000\n")
     machine.write(group / "memory.usage_in_bytes", "900\n")
     machine.write(group / "memory.stat", "inactive_file 1\ntotal_inactive_file 400\n")
-    assert memory.free_memory() == 2500
+    assert memory.free_memory(CPU) == 2500
 
 
 def test_cgroup_of_another_hierarchy_is_no_limit(machine):
     machine.proc.write_text("4:cpu:/a\n")
     machine.write(machine.root / "memory/a/memory.limit_in_bytes", "1\n")
     machine.write(machine.root / "memory/a/memory.usage_in_bytes", "0\n")
-    assert memory.free_memory() == 8000
+    assert memory.free_memory(CPU) == 8000
 
 
 def test_usage_beyond_the_limit_leaves_nothing(machine):
     machine.proc.write_text("0::/\n")
     machine.write(machine.root / "memory.max", "100\n")
     machine.write(machine.root / "memory.current", "900\n")
-    assert memory.free_memory() == 0
+    assert memory.free_memory(CPU) == 0
 
 
 def test_rlimits_bind(machine):
     machine.rlimits[resource.RLIMIT_AS] = 5300
-    assert memory.free_memory() == 5000
+    assert memory.free_memory(CPU) == 5000
     machine.rlimits[resource.RLIMIT_DATA] = 4200
-    assert memory.free_memory() == 4000
+    assert memory.free_memory(CPU) == 4000
     machine.available = 3999
-    assert memory.free_memory() == 3999
+    assert memory.free_memory(CPU) == 3999
 
 
 # ---- refusing what cannot fit ----
@@ -324,12 +324,6 @@ def test_nothing_fits():
         check_fits(allocated_ppo, Float(), free=0, **PPO)
 
 
-def test_check_fits_asks_free_memory(monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda: 10**8)
-    with pytest.raises(ValueError, match=r"100\.0 MB are free"):
-        check_fits(allocated_sac, FixedPoint(2), **SAC)
-
-
 def test_footprint_is_one_line_with_both_totals():
     ledger, baseline = allocated_sac(FixedPoint(2), **SAC), allocated_sac(Float(), **SAC)
     line = memory.footprint(ledger, baseline)
@@ -343,13 +337,13 @@ def test_footprint_is_one_line_with_both_totals():
 
 def test_plan_checks_and_tells(monkeypatch):
     for algo, allocated, sizes in (("sac", allocated_sac, SAC), ("ppo", allocated_ppo, PPO)):
-        monkeypatch.setattr(memory, "free_memory", lambda: 10**9)
+        monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)
         codec = FixedPoint(2)
         expected = memory.footprint(allocated(codec, **sizes), allocated(Float(), **sizes))
-        assert memory.plan(algo, codec, **sizes) == expected
-        monkeypatch.setattr(memory, "free_memory", lambda: 2_600_000)
+        assert memory.plan(algo, codec, CPU, **sizes) == expected
+        monkeypatch.setattr(memory, "free_memory", lambda device: 2_600_000)
         with pytest.raises(ValueError, match="MB are free; what fits"):
-            memory.plan(algo, codec, **sizes)
+            memory.plan(algo, codec, CPU, **sizes)
 
 
 # ---- the command ----

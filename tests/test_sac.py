@@ -87,7 +87,7 @@ def test_soft_q_target_drops_a_nan_behind_a_terminal_state():
 def test_losses_equal_sb3s_formulas():
     torch.manual_seed(0)
     q, target, log_prob = torch.randn(2, 32), torch.randn(32), torch.randn(32)
-    expected = 0.5 * sum(F.mse_loss(one, target) for one in q)  # SB3 sac.py:258
+    expected = 0.5 * sum(F.mse_loss(one, target) for one in q)  # SB3 sac.py:270
     torch.testing.assert_close(sac.critic_loss(q, target), expected)
     alpha = torch.tensor(0.3)
     expected = torch.stack([0.3 * log_prob[i] - min(q[0, i], q[1, i]) for i in range(32)]).mean()
