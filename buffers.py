@@ -153,7 +153,7 @@ class ReplayBatch(NamedTuple):
 
 
 def rows_per_env(buffer_size: int, num_envs: int) -> int:
-    """Rows in each env's ring: an even share of buffer_size, one for the open head, at least 3."""
+    """Rows of each env's ring: its share of buffer_size and the newest observation, at least 3."""
     return max(3, math.ceil(buffer_size / num_envs) + 1)
 
 
@@ -186,8 +186,9 @@ class ReplayBuffer:
                                              final   head
 
     s_T is the true final observation, whether the episode terminated or was truncated. Only rows
-    with `is_start` begin a stored transition. Writing at the head drops the oldest row, and the
-    row before that one was dropped a step earlier, so no transition ever loses its successor.
+    with `is_start` begin a stored transition. Once the ring is full, a new head overwrites the
+    oldest row. The row before that was overwritten a step earlier, so no stored transition points
+    at overwritten data.
 
     Args:
         codec: how observations are stored.
@@ -248,7 +249,7 @@ class ReplayBuffer:
         terminated: np.ndarray,
         truncated: np.ndarray,
     ) -> None:
-        """Complete every env's head row; open the row after it, at an end the one after that.
+        """Fill in the transition at every env's head and move the head on: by 1, at an end by 2.
 
         Args:
             action: (num_envs, k), as the networks see it.

@@ -7,7 +7,8 @@
 Two ledgers, each a dict of row name -> bytes, are never mixed. *paper* is what *Just Round*
 (Grossman & Plancher, ICRA 2023) counts: networks and buffer (Eq. 1 for PPO, Eq. 3 for SAC), with
 64 bits or Eq. 6's bits per observed value. *allocated* is every persistent tensor of `ppo.py` and
-`sac.py`, to the byte. 1 MB is 10^6 bytes.
+`sac.py`, to the byte, and one decoded minibatch; activations come and go and are not counted.
+1 MB is 10^6 bytes.
 """
 
 import json
@@ -56,15 +57,15 @@ _TRAINING = {
 }
 WHY = {
     "ppo": {
-        "buffer observations": "the paper's {paper_bits} bits a value against {bits}",
-        "buffer rest": "7 float32 scalars per transition against 5 and a 1-byte end flag",
+        "buffer observations": "{bits} bits a value against the paper's {paper_bits}",
+        "buffer rest": "5 float32 scalars and a 1-byte flag per transition against the paper's 7",
         "networks": "the same",
         **_TRAINING,
     },
     "sac": {
-        "buffer observations": "the paper's {paper_bits} bits a value against {bits}; {steps:,} "
-        "transitions against {rows:,} rows: an open one per env (an episode of T takes T + 1)",
-        "buffer rest": "a float32 done against two 1-byte flags; 24 bytes per env for its ring",
+        "buffer observations": "{bits} bits a value against the paper's {paper_bits}; {rows:,} "
+        "rows for {steps:,} transitions: each env's newest observation has a row of its own",
+        "buffer rest": "two 1-byte flags against the paper's float32 done; 24 bytes per env",
         "networks": "log_alpha, which Eq. 3 leaves out",
         "target networks": "Eq. 3 counts none; a copy of both Q networks",
         **_TRAINING,
@@ -367,7 +368,7 @@ class Args:
     act_dim: int | None = None
     """Values in an action, in place of --env."""
     control_hz: float | None = None
-    """Observations per second, to tell the bandwidth they take; default: the environment's."""
+    """Observations per second, for the bandwidth they take; default: the environment's."""
     algo: Literal["ppo", "sac"] = "sac"
     """Algorithm."""
     quant_m: int | None = None
@@ -389,7 +390,7 @@ class Args:
     json: bool = False
     """Print everything as one JSON object, in bytes."""
     plot: Path | None = None
-    """Draw the paper's Fig. 2 into this file, e.g. fig2.png."""
+    """Draw the paper's Fig. 2, always of its own four tasks, into this file, e.g. fig2.png."""
 
 
 def check_args(args: Args) -> None:

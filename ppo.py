@@ -3,8 +3,8 @@
     python ppo.py --env Walker2d-v3 --quant-m 1       # the paper's method
     python ppo.py --env Walker2d-v3                   # its float64 baseline: one flag apart
 
-PPO is Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv:1707.06347v2), GAE is
-Schulman et al. (arXiv:1506.02438v6), the rounding is Grossman & Plancher, "Just Round" (ICRA 2023).
+"The paper" is Grossman & Plancher, "Just Round" (ICRA 2023). PPO is Schulman et al., "Proximal
+Policy Optimization Algorithms" (arXiv:1707.06347v2), GAE is Schulman et al. (arXiv:1506.02438v6).
 Details follow Stable-Baselines3's `ppo/ppo.py` (2.9.2). As in the paper the policy acts on raw
 observations and learns from rounded ones, so the ratio of an update's first minibatch is not
 quite 1; TensorBoard shows by how much as `losses/first_ratio_error`.
@@ -58,9 +58,9 @@ class Args:
     """Train PPO on observations stored as fixed point (--quant-m) or as floats."""
 
     env: str = "Humanoid-v3"
-    """Gymnasium id with a flat Box observation and a Box action, the paper's -v3 tasks included"""
+    """Gymnasium id (or module:id) with flat Box observations and actions; the paper's are -v3"""
     quant_m: int | None = None
-    """decimals kept of each stored observation (paper: 1 for PPO); None stores floats"""
+    """decimals kept of each stored observation (paper: 1); 2 keeps 1.23 of 1.234, None all"""
     quant_b: float = 127.0
     """clamp bound: observations are clamped to [-b, b] before rounding"""
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
@@ -68,9 +68,9 @@ class Args:
     quant_act: bool = False
     """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
     seed: int = 1
-    """of networks, environments, exploration and sampling"""
+    """random seed of networks, environments, exploration and sampling"""
     total_timesteps: int = 1_000_000
-    """environment transitions to train for, all envs together"""
+    """environment transitions to train for, all envs together, rounded up to whole rollouts"""
     num_envs: int = 1
     """environments stepped side by side"""
     device: str = "auto"
@@ -95,7 +95,7 @@ class Args:
     gamma: float = 0.99
     """discount (Table II)"""
     gae_lambda: float = 0.95
-    """weight of longer returns in the advantage (Table II)"""
+    """GAE's lambda: 0 is the one-step error, 1 the whole return (Table II)"""
     clip_coef: float = 0.2
     """how far the ratio may move before its objective is clipped (Table II)"""
     vf_coef: float = 0.5
@@ -106,16 +106,16 @@ class Args:
     """bound on the norm of the whole gradient (Table II)"""
 
 
-NOT_LEARNING = ("env", "seed", "total_timesteps", "device", "eval_episodes", "run_dir", "run_name")
+NOT_IN_NAME = ("env", "seed", "total_timesteps", "device", "eval_episodes", "run_dir", "run_name")
 
 
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
-    count = "total_timesteps num_envs hidden n_steps batch_size n_epochs"
-    positive = "eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
-    share = "learning_rate gamma gae_lambda"
-    ranges = ((count, 1, 10**12), (positive, 0, 10**12), (share, 0, 1), ("seed", 0, 2**32 - 1))
-    for names, low, high in ranges:
+    at_least_1 = "total_timesteps num_envs hidden n_steps batch_size n_epochs"
+    at_least_0 = "eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
+    from_0_to_1 = "learning_rate gamma gae_lambda"
+    ranges = ((at_least_1, 1, 10**12), (at_least_0, 0, 10**12), (from_0_to_1, 0, 1))
+    for names, low, high in (*ranges, ("seed", 0, 2**32 - 1)):
         for name in names.split():
             if not low <= getattr(args, name) <= high:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -134,7 +134,9 @@ def find_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).item()  # .item() refuses "meta", which holds no data
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name} is not here; cpu and auto always are") from None
+        raise ValueError(
+            f"--device {name} is not available on this machine; cpu and auto always are"
+        ) from None
     return torch.device(name)
 
 
@@ -147,7 +149,7 @@ def make_run_dir(args: Args) -> Path:
     changed = [
         f"{field.name.replace('_', '-')}-{getattr(args, field.name)}"
         for field in fields(args)
-        if field.name not in NOT_LEARNING and getattr(args, field.name) != field.default
+        if field.name not in NOT_IN_NAME and getattr(args, field.name) != field.default
     ]
     name = "__".join([args.env.replace("/", "-"), "ppo", *changed, f"seed-{args.seed}"])
     for number in itertools.count(1):
@@ -192,6 +194,7 @@ def prepare(args: Args) -> tuple:
     return device, codec, envs, dims, run_dir
 
 
+# memory.py counts the network's parameters: a change of its layers belongs there as well.
 class ActorCritic(nn.Module):
     """pi(a|s), a Gaussian of state-independent width, and V(s), two networks that share nothing.
 
@@ -229,7 +232,9 @@ class ActorCritic(nn.Module):
 def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
     """Move parameters into one vector, of which they and their gradients become views.
 
-    Adam and the gradient's norm are then one operation each instead of one per tensor.
+    Adam and the gradient's norm are then one operation each, not one per tensor. Clear gradients
+    with `flat.grad.zero_()`: `optimizer.zero_grad()` would drop the shared gradient, and Adam would
+    silently skip everything.
     """
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
     flat.grad = torch.zeros_like(flat)
@@ -286,7 +291,7 @@ def compute_gae(
 
 
 def normalize(advantage: Tensor) -> Tensor:
-    """(B,) to mean 0, std 1; not in the paper, SB3 ppo.py:218. A single value is left alone."""
+    """(B,) to mean 0, std 1; not in the PPO paper, SB3 ppo.py:218. A single value is left alone."""
     if len(advantage) == 1:
         return advantage
     return (advantage - advantage.mean()) / (advantage.std() + ADVANTAGE_EPS)
@@ -319,18 +324,19 @@ def main(args: Args) -> dict:
     optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=ADAM_EPS, fused=True)
     buffer = RolloutBuffer(codec, args.n_steps, **dims, device=device, seed=args.seed)
 
-    acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)  # counts nothing twice
-
-    def best_action(obs: np.ndarray) -> np.ndarray:
-        """Deterministic action: the mean, clipped to the environment's bounds."""
-        mean, _ = policy(policy_input(obs[None]))
-        return mean[0].cpu().numpy().clip(low, high)
+    # A second codec for acting, so that the clamp statistics count every stored value once.
+    acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)
 
     def policy_input(obs: np.ndarray) -> Tensor:
         """What the policy acts on: the raw observation as in the paper, or the decoded one."""
         if args.quant_act:
             return acting_codec.decode(acting_codec.encode(obs).to(device))
         return torch.from_numpy(obs).to(device, torch.float32)
+
+    def best_action(obs: np.ndarray) -> np.ndarray:
+        """Deterministic action: the mean, clipped to the environment's bounds."""
+        mean, _ = policy(policy_input(obs[None]))
+        return mean[0].cpu().numpy().clip(low, high)
 
     writer = SummaryWriter(str(run_dir))
     table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
@@ -418,12 +424,14 @@ def main(args: Args) -> dict:
         }.items():
             writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
         if codec.clamp.clipped and not reported:
-            bar.write(f"warning: {codec.clamp.report()}", file=sys.stderr)
+            bar.write(f"warning: so far {codec.clamp.report()}", file=sys.stderr)
             reported = True
 
     # --- Sum up ----------------------------------------------------------------------------------
     bar.close()
     envs.close()
+    if args.eval_episodes:
+        print(f"evaluating {args.eval_episodes} episodes ...")
     last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
     result = {
         "algo": "ppo",
@@ -444,14 +452,17 @@ def main(args: Args) -> dict:
     }
     writer.close()
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    parts = {"last tenth of training": last_tenth, "deterministic": result["evaluation"]}
+    parts = {"last tenth of training": last_tenth, "evaluation": result["evaluation"]}
     for name, rets in parts.items():
-        if rets:
-            print(f"return, {name}: {np.mean(rets):.1f} over {len(rets)} episodes")
+        shown = f"{np.mean(rets):.1f}" if rets else "none"
+        print(f"return, {name}: {shown} ({len(rets)} episodes)")
+    if report := codec.clamp.report():
+        print(report)
     print(
-        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, peak resident "
-        f"{result['peak_rss_bytes'] / 1e6:,.0f} MB, max |obs| {result['max_abs_obs']:.4g}, "
-        f"{result['clip_fraction']:.3%} of the values clamped\nwrote {run_dir / 'result.json'}"
+        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, whole process "
+        f"{result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, max |obs| "
+        f"{result['max_abs_obs']:.4g}, {result['clip_fraction']:.3%} of the values clamped\n"
+        f"wrote {run_dir / 'result.json'}"
     )
     return {"result": result, "policy": policy, "optimizer": optimizer, "buffer": buffer}
 

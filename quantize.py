@@ -11,9 +11,10 @@
 | 10^m  | `scale`                 | codes per unit                          |
 | s_q   | `decode(encode(s))`     | equals float32(`quantize(s, m, b)`)     |
 
-A codec is what a buffer holds. `encode` takes numpy observations of any leading shape and returns
-a CPU tensor of `codec.dtype`; `decode` takes such a tensor on any device and returns float32.
-`codec.clamp` counts what it had to clamp.
+A codec is how a buffer stores observations. `encode` takes numpy observations of any leading shape
+and returns a CPU tensor of `codec.dtype`; `decode` takes such a tensor on any device and returns
+float32. `codec.clamp` counts what it had to clamp, `name` and `bits` describe it. A new one joins
+`Codec` and `make_codec`.
 """
 
 import math
@@ -36,7 +37,7 @@ def quantize(obs: np.ndarray, m: int, b: float) -> np.ndarray:
 
 def bits(m: int, b: float) -> int:
     """Bits that the paper counts per value: sign, integer part, decimals. Paper eq. 6."""
-    return 1 + math.ceil(math.log2(b)) + math.ceil(m * math.log2(10))  # eq. 6
+    return 1 + math.ceil(math.log2(b)) + math.ceil(m * math.log2(10))
 
 
 def stored_bits(m: int, b: float) -> int:
@@ -72,7 +73,7 @@ class Clamp:
 
     def __init__(self, b: float, remedy: str):
         self.b = b
-        self.remedy = remedy  # what would hold the clamped values; {bound} is filled in
+        self.remedy = remedy  # for `report`: what would hold the clamped values
         self.seen = 0
         self.clipped = 0
         self.max_abs = 0.0
@@ -123,7 +124,7 @@ def _columns(mask: np.ndarray, most: int = 12) -> str:
 
 
 class Float:
-    """The baselines: observations in a float dtype. Clamps to the largest value that stays finite.
+    """The baselines: observations in a float dtype, clamped to what is finite in it and in float32.
 
     Args:
         dtype: one of `STORAGE_DTYPES`. float64 is the paper's baseline.

@@ -1,10 +1,10 @@
 """Soft Actor-Critic that learns from observations stored as rounded fixed-point integers.
 
-    python sac.py --env Humanoid-v3 --quant-m 2       # the paper's method, a quarter of the memory
+    python sac.py --env Humanoid-v3 --quant-m 2       # the paper's method
     python sac.py --env Humanoid-v3                   # its float64 baseline: one flag apart
 
-SAC is Haarnoja et al., "Soft Actor-Critic Algorithms and Applications" (arXiv:1812.05905v2); the
-rounding is Grossman & Plancher, "Just Round" (ICRA 2023). Details follow Stable-Baselines3's
+"The paper" is Grossman & Plancher, "Just Round" (ICRA 2023). SAC is Haarnoja et al., "Soft
+Actor-Critic Algorithms and Applications" (arXiv:1812.05905v2). Details follow Stable-Baselines3's
 `sac/sac.py` (2.9.2), with one copy of each observation and, at any --num-envs, one update per
 transition.
 
@@ -58,9 +58,9 @@ class Args:
     """Train SAC on observations stored as fixed point (--quant-m) or as floats."""
 
     env: str = "Humanoid-v3"
-    """Gymnasium id with a flat Box observation and a Box action, the paper's -v3 tasks included"""
+    """Gymnasium id (or module:id) with flat Box observations and actions; the paper's are -v3"""
     quant_m: int | None = None
-    """decimals kept of each stored observation (paper: 2 for SAC); None stores floats"""
+    """decimals kept of each stored observation (paper: 2); 2 keeps 1.23 of 1.234, None all"""
     quant_b: float = 127.0
     """clamp bound: observations are clamped to [-b, b] before rounding"""
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
@@ -68,7 +68,7 @@ class Args:
     quant_act: bool = False
     """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
     seed: int = 1
-    """of networks, environments, exploration and sampling"""
+    """random seed of networks, environments, exploration and sampling"""
     total_timesteps: int = 1_000_000
     """environment transitions to train for, all envs together"""
     num_envs: int = 1
@@ -91,29 +91,29 @@ class Args:
     learning_starts: int = 100
     """transitions with uniformly random actions before the first update"""
     train_freq: int = 1
-    """transitions between updates (Table II)"""
+    """transitions from one round of updates to the next (Table II)"""
     gradient_steps: int = 1
-    """updates each time (Table II)"""
+    """updates in each round (Table II)"""
     batch_size: int = 256
     """transitions per update (Table II)"""
     gamma: float = 0.99
     """discount (Table II)"""
     tau: float = 0.005
-    """share of the critics that enters the targets at every update (Table II)"""
+    """target = (1 - tau) target + tau critic, after every update (Table II)"""
     target_entropy: float | None = None
     """entropy in nats that alpha is tuned for; None is minus the number of actions"""
 
 
-NOT_LEARNING = ("env", "seed", "total_timesteps", "device", "eval_episodes", "run_dir", "run_name")
+NOT_IN_NAME = ("env", "seed", "total_timesteps", "device", "eval_episodes", "run_dir", "run_name")
 
 
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
-    count = "total_timesteps num_envs hidden buffer_size batch_size train_freq gradient_steps"
-    positive = "eval_episodes learning_starts"
-    share = "learning_rate gamma tau"
-    ranges = ((count, 1, 10**12), (positive, 0, 10**12), (share, 0, 1), ("seed", 0, 2**32 - 1))
-    for names, low, high in ranges:
+    at_least_1 = "total_timesteps num_envs hidden buffer_size batch_size train_freq gradient_steps"
+    at_least_0 = "eval_episodes learning_starts"
+    from_0_to_1 = "learning_rate gamma tau"
+    ranges = ((at_least_1, 1, 10**12), (at_least_0, 0, 10**12), (from_0_to_1, 0, 1))
+    for names, low, high in (*ranges, ("seed", 0, 2**32 - 1)):
         for name in names.split():
             if not low <= getattr(args, name) <= high:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -132,7 +132,9 @@ def find_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=name).item()  # .item() refuses "meta", which holds no data
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name} is not here; cpu and auto always are") from None
+        raise ValueError(
+            f"--device {name} is not available on this machine; cpu and auto always are"
+        ) from None
     return torch.device(name)
 
 
@@ -145,7 +147,7 @@ def make_run_dir(args: Args) -> Path:
     changed = [
         f"{field.name.replace('_', '-')}-{getattr(args, field.name)}"
         for field in fields(args)
-        if field.name not in NOT_LEARNING and getattr(args, field.name) != field.default
+        if field.name not in NOT_IN_NAME and getattr(args, field.name) != field.default
     ]
     name = "__".join([args.env.replace("/", "-"), "sac", *changed, f"seed-{args.seed}"])
     for number in itertools.count(1):
@@ -192,6 +194,7 @@ def prepare(args: Args) -> tuple:
     return device, codec, envs, dims, run_dir
 
 
+# memory.py counts the parameters of both networks: a change of their layers belongs there as well.
 class Actor(nn.Module):
     """pi(a|s): a Gaussian squashed by tanh. SB3 sac/policies.py:25."""
 
@@ -246,7 +249,9 @@ class TwinCritic(nn.Module):
 def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
     """Move parameters into one vector, of which they and their gradients become views.
 
-    Adam and the target's update are then one operation each, not one per tensor.
+    Adam and the target's update are then one operation each, not one per tensor. Clear gradients
+    with `flat.grad.zero_()`: `optimizer.zero_grad()` would drop the shared gradient, and Adam would
+    silently skip everything.
     """
     trained = parameters[0].requires_grad
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]), trained)
@@ -329,7 +334,7 @@ def main(args: Args) -> dict:
     target = copy.deepcopy(critic).requires_grad_(False)
     log_alpha = nn.Parameter(torch.zeros((), device=device))
     target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
-    # Adam works per parameter, so one for actor and alpha together equals SB3's two.
+    # Adam works per parameter: one over actor and log_alpha makes the same steps as SB3's two.
     actor_parameters = [*actor.parameters(), log_alpha]
     actor_flat, critic_flat = flatten(actor_parameters), flatten([*critic.parameters()])
     target_flat = flatten([*target.parameters()])
@@ -341,18 +346,19 @@ def main(args: Args) -> dict:
         """From [-1, 1] to the environment's bounds."""
         return low + (action + 1) / 2 * (high - low)
 
-    acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)  # counts nothing twice
-
-    def best_action(obs: np.ndarray) -> np.ndarray:
-        """Deterministic action: tanh of the mean."""
-        mean, _ = actor(policy_input(obs[None]))
-        return to_env(mean[0].tanh().cpu().numpy())
+    # A second codec for acting, so that the clamp statistics count every stored value once.
+    acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)
 
     def policy_input(obs: np.ndarray) -> Tensor:
         """What the policy acts on: the raw observation as in the paper, or the decoded one."""
         if args.quant_act:
             return acting_codec.decode(acting_codec.encode(obs).to(device))
         return torch.from_numpy(obs).to(device, torch.float32)
+
+    def best_action(obs: np.ndarray) -> np.ndarray:
+        """Deterministic action: tanh of the mean."""
+        mean, _ = actor(policy_input(obs[None]))
+        return to_env(mean[0].tanh().cpu().numpy())
 
     writer = SummaryWriter(str(run_dir))
     table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
@@ -377,7 +383,7 @@ def main(args: Args) -> dict:
         next_obs, reward, terminated, truncated, _ = envs.step(to_env(action))
         buffer.add(action, reward, next_obs, terminated, truncated)
         if codec.clamp.clipped and not reported:
-            bar.write(f"warning: {codec.clamp.report()}", file=sys.stderr)
+            bar.write(f"warning: so far {codec.clamp.report()}", file=sys.stderr)
             reported = True
         global_step += args.num_envs
         episode_return += reward
@@ -404,7 +410,7 @@ def main(args: Args) -> dict:
         for _ in range(due * args.gradient_steps):
             batch = buffer.sample(args.batch_size)
             action, log_prob = actor.sample(batch.obs)
-            alpha = log_alpha.detach().exp()  # as it is before its own step
+            alpha = log_alpha.detach().exp()  # before this update's own step of alpha
 
             with torch.no_grad():
                 next_action, next_log_prob = actor.sample(batch.next_obs)
@@ -421,7 +427,7 @@ def main(args: Args) -> dict:
             loss_actor = actor_loss(critic(batch.obs, action), log_prob, alpha)
             loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
             actor_flat.grad.zero_()
-            (loss_actor + loss_alpha).backward(inputs=actor_parameters)  # not the critics' weights
+            (loss_actor + loss_alpha).backward(inputs=actor_parameters)  # not for the critics
             actor_optimizer.step()
 
             with torch.no_grad():
@@ -448,6 +454,8 @@ def main(args: Args) -> dict:
     # --- Sum up ----------------------------------------------------------------------------------
     bar.close()
     envs.close()
+    if args.eval_episodes:
+        print(f"evaluating {args.eval_episodes} episodes ...")
     last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
     result = {
         "algo": "sac",
@@ -467,14 +475,17 @@ def main(args: Args) -> dict:
     }
     writer.close()
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    parts = {"last tenth of training": last_tenth, "deterministic": result["evaluation"]}
+    parts = {"last tenth of training": last_tenth, "evaluation": result["evaluation"]}
     for name, rets in parts.items():
-        if rets:
-            print(f"return, {name}: {np.mean(rets):.1f} over {len(rets)} episodes")
+        shown = f"{np.mean(rets):.1f}" if rets else "none"
+        print(f"return, {name}: {shown} ({len(rets)} episodes)")
+    if report := codec.clamp.report():
+        print(report)
     print(
-        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, peak resident "
-        f"{result['peak_rss_bytes'] / 1e6:,.0f} MB, max |obs| {result['max_abs_obs']:.4g}, "
-        f"{result['clip_fraction']:.3%} of the values clamped\nwrote {run_dir / 'result.json'}"
+        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, whole process "
+        f"{result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, max |obs| "
+        f"{result['max_abs_obs']:.4g}, {result['clip_fraction']:.3%} of the values clamped\n"
+        f"wrote {run_dir / 'result.json'}"
     )
     return {
         "result": result,
