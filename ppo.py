@@ -303,6 +303,21 @@ def clipped_policy_loss(ratio: Tensor, advantage: Tensor, clip_coef: float) -> T
     return -torch.min(ratio * advantage, clipped_ratio * advantage).mean()
 
 
+def print_summary(result: dict, run_dir: Path) -> None:
+    """Say how the run went, from what is in its result.json."""
+    trained, evaluation = result["return_last_tenth"], result["evaluation"]
+    shown = "no episode ended" if trained is None else f"{trained:.1f}"
+    print(f"mean return over the last tenth of training: {shown}")
+    if evaluation:
+        print(f"mean return of {len(evaluation)} deterministic episodes: {np.mean(evaluation):.1f}")
+    print(
+        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB, whole "
+        f"process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
+        f"max |obs| {result['max_abs_obs']:.4g}\n"
+        f"{result['clamped'] or 'no value was clamped'}\nwrote {run_dir / 'result.json'}"
+    )
+
+
 def main(args: Args) -> dict:
     """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
 
@@ -430,8 +445,7 @@ def main(args: Args) -> dict:
     # --- Sum up ----------------------------------------------------------------------------------
     bar.close()
     envs.close()
-    if args.eval_episodes:
-        print(f"evaluating {args.eval_episodes} episodes ...")
+    print(f"trained; {args.eval_episodes} episodes of evaluation follow")
     last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
     result = {
         "algo": "ppo",
@@ -442,6 +456,7 @@ def main(args: Args) -> dict:
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "clip_fraction": codec.clamp.fraction,
         "max_abs_obs": codec.clamp.max_abs,
+        "clamped": codec.clamp.report(),
         "first_ratio_error": first_ratio_error.item(),
         "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
         "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
@@ -452,18 +467,7 @@ def main(args: Args) -> dict:
     }
     writer.close()
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    parts = {"last tenth of training": last_tenth, "evaluation": result["evaluation"]}
-    for name, rets in parts.items():
-        shown = f"{np.mean(rets):.1f}" if rets else "none"
-        print(f"return, {name}: {shown} ({len(rets)} episodes)")
-    if report := codec.clamp.report():
-        print(report)
-    print(
-        f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB, whole process "
-        f"{result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, max |obs| "
-        f"{result['max_abs_obs']:.4g}, {result['clip_fraction']:.3%} of the values clamped\n"
-        f"wrote {run_dir / 'result.json'}"
-    )
+    print_summary(result, run_dir)
     return {"result": result, "policy": policy, "optimizer": optimizer, "buffer": buffer}
 
 
