@@ -320,8 +320,8 @@ def print_summary(result: dict, run_dir: Path) -> None:
     if evaluation:
         print(f"mean return of {len(evaluation)} deterministic episodes: {np.mean(evaluation):.1f}")
     print(
-        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB, whole "
-        f"process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
+        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB, "
+        f"whole process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
         f"max |obs| {result['max_abs_obs']:.4g}\n"
         f"{result['clamped'] or 'no value was clamped'}\nwrote {run_dir / 'result.json'}"
     )
@@ -469,7 +469,7 @@ def main(args: Args) -> dict:
     # --- Sum up ----------------------------------------------------------------------------------
     bar.close()
     envs.close()
-    print(f"trained; {args.eval_episodes} episodes of evaluation follow")
+    print(f"trained; {args.eval_episodes} evaluation episodes follow")
     last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
     result = {
         "algo": "sac",
