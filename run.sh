@@ -80,7 +80,8 @@ reproduce)
     .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
     .venv/bin/python experiments/plot.py draw --results experiments/results
     .venv/bin/python memory.py --plot experiments/results/memory.png
-    .venv/bin/python experiments/speed.py
+    .venv/bin/python experiments/speed.py --rounds 6 --steps-sac 1500 --steps-ppo 8192 \
+        --cells sac-Humanoid-v3 sac-Walker2d-v3 ppo-Walker2d-v3
     ;;
 "")
     setup .venv requirements.txt

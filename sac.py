@@ -121,8 +121,9 @@ def check(args: Args) -> None:
     if args.target_entropy is not None and not math.isfinite(args.target_entropy):
         raise ValueError(f"--target-entropy {args.target_entropy} is not finite")
     if args.batch_size > args.buffer_size:
-        sizes = f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}"
-        raise ValueError(sizes)
+        raise ValueError(
+            f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}"
+        )
 
 
 def find_device(name: str) -> torch.device:

@@ -221,13 +221,13 @@ MAKE_ALL = """
 import gymnasium
 before = dict(gymnasium.registry)
 import envs
-assert gymnasium.registry == before, "import envs registers"
+assert before == gymnasium.registry, "import envs registers"
 for env_id in envs.V3_TASKS:
     env = envs.make(env_id)
     env.reset(seed=0)
     env.step(env.action_space.sample())
     env.close()
-assert gymnasium.registry == before, "envs.make registers"
+assert before == gymnasium.registry, "envs.make registers"
 """
 
 
