@@ -1,17 +1,19 @@
 """The only place where observations live, and always as codes of a `quantize.py` codec.
 
 `RolloutBuffer` holds PPO's n_steps per env; `ReplayBuffer` holds SAC's transitions with **one**
-copy of each observation. A layout function names every array with shape and dtype: the buffer
-allocates it and `memory.py` adds it up, while `nbytes` adds up the arrays themselves.
+copy of each observation, kept by `columns.py`. A layout function names every array with shape and
+dtype: `memory.py` adds it up, while `nbytes` adds up the arrays that a buffer really has.
 """
 
 import math
+import resource
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from columns import LiveColumns, Rows, put, zeros
 from quantize import Codec, ObservationError
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype)
@@ -20,15 +22,6 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype
 def layout_bytes(layout: Layout) -> int:
     """Bytes that the arrays of a layout take."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A zero tensor whose pages, on the CPU, become resident only when they are first written."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros would touch every page at once; numpy lacks bfloat16 and float8, hence the view.
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def _float32_reward(reward: np.ndarray) -> torch.Tensor:
@@ -54,10 +47,10 @@ class RolloutBatch(NamedTuple):
 
 def rollout_layout(codec: Codec, n_steps: int, num_envs: int, obs_dim: int, act_dim: int) -> Layout:
     """Arrays of a `RolloutBuffer`: (n_steps, num_envs, ...)."""
-    steps = (n_steps, num_envs)
+    steps, (width, dtype) = (n_steps, num_envs), codec.row(obs_dim)
     scalars = ("log_probs", "values", "rewards", "advantages", "returns")
     return {
-        "obs": ((*steps, obs_dim), codec.dtype),
+        "obs": ((*steps, width), dtype),
         "actions": ((*steps, act_dim), torch.float32),
         **{name: (steps, torch.float32) for name in scalars},
         "ends": (steps, torch.bool),
@@ -85,10 +78,10 @@ class RolloutBuffer:
         device: torch.device,
         seed: int,
     ):
-        self.codec = codec
+        self.codec, self.obs_dim = codec, obs_dim
         self.layout = rollout_layout(codec, n_steps, num_envs, obs_dim, act_dim)
         for name, (shape, dtype) in self.layout.items():
-            setattr(self, name, _zeros(shape, dtype, device))
+            setattr(self, name, zeros(shape, dtype, device))
         self.step = 0
         self._rng = np.random.default_rng(seed)
 
@@ -119,7 +112,7 @@ class RolloutBuffer:
         """
         codes, reward = self.codec.encode(obs), _float32_reward(reward)
         t = self.step
-        self.obs[t] = codes
+        self.obs[t] = self.codec.pack(codes)
         self.actions[t] = action
         self.log_probs[t] = log_prob
         self.values[t] = value
@@ -135,7 +128,8 @@ class RolloutBuffer:
         ]
         order = torch.from_numpy(self._rng.permutation(len(flat[0]))).to(self.obs.device)
         for index in order.split(batch_size):
-            codes, *rest = (array.index_select(0, index) for array in flat)
+            rows, *rest = (array.index_select(0, index) for array in flat)
+            codes = self.codec.unpack(rows, self.obs_dim)
             yield RolloutBatch(self.codec.decode(codes), *rest)
 
 
@@ -158,12 +152,22 @@ def rows_per_env(buffer_size: int, num_envs: int) -> int:
 
 
 def replay_layout(
-    codec: Codec, buffer_size: int, num_envs: int, obs_dim: int, act_dim: int
+    codec: Codec,
+    buffer_size: int,
+    num_envs: int,
+    obs_dim: int,
+    act_dim: int,
+    live_columns: int | None = None,
 ) -> Layout:
-    """Arrays of a `ReplayBuffer`: one row per observation, and three numbers per env."""
+    """Arrays of a `ReplayBuffer`: one row per observation, and three numbers per env.
+
+    With live_columns, those of one that drops constant columns, once it is settled, if that many of
+    the obs_dim columns change in its first rows and none later.
+    """
     rows = num_envs * rows_per_env(buffer_size, num_envs)
-    return {
-        "obs": ((rows, obs_dim), codec.dtype),
+    width, dtype = codec.row(obs_dim if live_columns is None else live_columns)
+    layout = {
+        "obs": ((rows, width), dtype),
         "actions": ((rows, act_dim), torch.float32),
         "rewards": ((rows,), torch.float32),
         "terminated": ((rows,), torch.bool),
@@ -172,6 +176,11 @@ def replay_layout(
         "head": ((num_envs,), torch.int64),
         "fill": ((num_envs,), torch.int64),
     }
+    if live_columns is not None:
+        layout["constant"] = ((obs_dim,), codec.dtype)
+        layout["live"] = ((obs_dim,), torch.bool)
+        layout["columns"] = layout["place"] = ((obs_dim,), torch.int64)
+    return layout
 
 
 class ReplayBuffer:
@@ -196,6 +205,7 @@ class ReplayBuffer:
         num_envs, obs_dim, act_dim: sizes.
         device: where observations, actions and rewards live; indices are drawn on the CPU.
         seed: of the sampling.
+        drop_constant: store a column of the observation only from its first change on.
     """
 
     def __init__(
@@ -207,26 +217,36 @@ class ReplayBuffer:
         act_dim: int,
         device: torch.device,
         seed: int,
+        drop_constant: bool = False,
     ):
         self.codec = codec
         self.rows = rows_per_env(buffer_size, num_envs)
+        keep = LiveColumns if drop_constant else Rows
+        self.obs = keep(codec, num_envs, self.rows, obs_dim, device)
         self.layout = replay_layout(codec, buffer_size, num_envs, obs_dim, act_dim)
-        on_device = ("obs", "actions", "rewards", "terminated")
+        del self.layout["obs"]
         for name, (shape, dtype) in self.layout.items():
-            if name in on_device:
-                setattr(self, name, _zeros(shape, dtype, device))
+            if name in ("actions", "rewards", "terminated"):
+                setattr(self, name, zeros(shape, dtype, device))
             else:  # bookkeeping, read and written by numpy
-                setattr(self, name, _zeros(shape, dtype, torch.device("cpu")).numpy())
+                setattr(self, name, zeros(shape, dtype, torch.device("cpu")).numpy())
         self.first_row[:] = np.arange(num_envs) * self.rows
         self.head[:] = self.first_row
         self.fill[:] = 1  # rows in use per ring, its head included
         self.size = 0  # stored transitions
+        self.device = device
         self._rng = np.random.default_rng(seed)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays as they are."""
-        return sum(getattr(self, name).nbytes for name in self.layout)
+        return self.obs.nbytes + sum(getattr(self, name).nbytes for name in self.layout)
+
+    def touch(self) -> None:
+        """Make every page resident now: a lack of memory shows at the start, not hours later."""
+        for array in (self.obs.array, *(getattr(self, name) for name in self.layout)):
+            flat = torch.as_tensor(array).view(-1).view(torch.uint8)
+            flat[:: resource.getpagesize()] |= 0
 
     def start(self, obs: np.ndarray, mask: np.ndarray) -> None:
         """Write the first observation of an episode at the head of every env in mask.
@@ -239,7 +259,7 @@ class ReplayBuffer:
             ObservationError: nan or inf; nothing is stored then.
         """
         codes = self.codec.encode(obs[mask])
-        self._put(self.obs, self.head[mask], codes)
+        self.obs.put(self.head[mask], codes)
 
     def add(
         self,
@@ -263,10 +283,10 @@ class ReplayBuffer:
         codes, reward = self.codec.encode(next_obs), _float32_reward(reward)
         row, next_row = self.head, self._after(self.head)
         new_head = np.where(terminated | truncated, self._after(next_row), next_row)
-        self._put(self.actions, row, torch.from_numpy(np.asarray(action, np.float32)))
-        self._put(self.rewards, row, reward)
-        self._put(self.terminated, row, torch.from_numpy(terminated))
-        self._put(self.obs, next_row, codes)
+        put(self.actions, row, torch.from_numpy(np.asarray(action, np.float32)))
+        put(self.rewards, row, reward)
+        put(self.terminated, row, torch.from_numpy(terminated))
+        self.obs.put(next_row, codes)
 
         self.size -= np.count_nonzero(self.is_start[next_row])  # the oldest row falls out,
         self.is_start[next_row] = False
@@ -286,9 +306,9 @@ class ReplayBuffer:
         """
         rows = self._draw(batch_size)
         # One gather for s and s': row and row + 1.
-        both = torch.from_numpy(np.concatenate([rows, self._after(rows)])).to(self.obs.device)
+        both = torch.from_numpy(np.concatenate([rows, self._after(rows)])).to(self.device)
         index = both[:batch_size]
-        obs, next_obs = self.codec.decode(self.obs.index_select(0, both)).split(batch_size)
+        obs, next_obs = self.obs.get(both).split(batch_size)
         return ReplayBatch(
             obs,
             self.actions.index_select(0, index),
@@ -314,7 +334,3 @@ class ReplayBuffer:
     def _after(self, row: np.ndarray) -> np.ndarray:
         """The row after each, going round within its env's ring."""
         return np.where((row + 1) % self.rows == 0, row + 1 - self.rows, row + 1)
-
-    @staticmethod
-    def _put(array: torch.Tensor, rows: np.ndarray, values: torch.Tensor) -> None:
-        array[torch.from_numpy(rows).to(array.device)] = values.to(array.device)

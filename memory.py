@@ -1,33 +1,43 @@
 """What models and buffers cost in memory, for any robot, before anything is allocated.
 
     python memory.py                                   # the paper's Fig. 2 and Sec. III, recomputed
-    python memory.py --env Humanoid-v3 --quant-m 2     # one robot: paper and allocated side by side
+    python memory.py --env Humanoid-v3 --quant-m 2     # one robot: the ledgers side by side
+    python memory.py --env Humanoid-v3 --quant-m 2 --pack --measure    # and what a process takes
+    python memory.py --env Humanoid-v3 --budget 750MB  # the largest buffer in each storage
+    python memory.py --env Humanoid-v3 --layouts       # other libraries' replay buffers
     python memory.py --obs-dim 391 --act-dim 16 --control-hz 50
 
-Two ledgers, each a dict of row name -> bytes, are never mixed. *paper* is what *Just Round*
-(Grossman & Plancher, ICRA 2023) counts: networks and buffer (Eq. 1 for PPO, Eq. 3 for SAC), with
-64 bits or Eq. 6's bits per observed value. *allocated* is every persistent tensor of `ppo.py` and
-`sac.py`, to the byte, and one decoded minibatch; activations come and go and are not counted.
-1 MB is 10^6 bytes.
+Three ledgers are never mixed. *paper* is what *Just Round* (Grossman & Plancher, ICRA 2023) counts:
+networks and buffer (Eq. 1 for PPO, Eq. 3 for SAC), with 64 bits or Eq. 6's bits per observed value.
+*allocated* is every persistent tensor of `ppo.py` and `sac.py`, to the byte, and one decoded
+minibatch; activations come and go and are not counted. Both are dicts of row name -> bytes.
+*measured* is the resident memory of a real process. 1 MB is 10^6 bytes.
 """
 
 import json
 import math
+import os
+import re
 import resource
+import subprocess
 import sys
+import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import psutil
 import torch
 import tyro
 
-from buffers import Layout, layout_bytes, replay_layout, rollout_layout
-from quantize import Codec, FixedPoint, Float, bits, make_codec
+from buffers import Layout, layout_bytes, replay_layout, rollout_layout, rows_per_env
+from columns import LiveColumns
+from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed, bits, make_codec
 
 Ledger = dict[str, int]
 
@@ -50,6 +60,7 @@ WORKED_EXAMPLES = (  # Sec. III: obs_dim, act_dim, transitions, model bytes -> i
     ("III-B", (112, 8, 100_000, 2.3e6), ("96.8", "97.7", "92.5", "90.4")),  # footnote 2
 )
 # Why an allocated row differs from the paper's; the fields are those of `robot_report`.
+_ROW = "{row:,} bytes a row, {columns} x {bits} bits{words}, against the paper's {paper_row:,g}"
 _TRAINING = {
     "gradients": "the paper counts none; one float32 per parameter",
     "Adam moments": "the paper counts none; two float32 per parameter",
@@ -57,20 +68,31 @@ _TRAINING = {
 }
 WHY = {
     "ppo": {
-        "buffer observations": "{bits} bits a value against the paper's {paper_bits}",
+        "buffer observations": _ROW,
         "buffer rest": "5 float32 scalars and a 1-byte flag per transition against the paper's 7",
         "networks": "the same",
         **_TRAINING,
     },
     "sac": {
-        "buffer observations": "{bits} bits a value against the paper's {paper_bits}; {rows:,} "
-        "rows for {steps:,} transitions: each env's newest observation has a row of its own",
+        "buffer observations": _ROW + "; {rows:,} rows for {steps:,} transitions: each env's "
+        "newest observation has a row of its own",
         "buffer rest": "two 1-byte flags against the paper's float32 done; 24 bytes per env",
         "networks": "log_alpha, which Eq. 3 leaves out",
         "target networks": "Eq. 3 counts none; a copy of both Q networks",
         **_TRAINING,
     },
 }
+# Replay buffers of other libraries: name, copies of an observation, bytes a value, note. Action,
+# reward, done and timeout are float32.
+PEERS = (
+    ("Stable-Baselines3, SBX: float64", 2, 8, "obs and next_obs"),
+    ("Stable-Baselines3, optimize_memory_usage: float64", 1, 8, "one copy, wrong at time-outs"),
+    ("CleanRL, LeanRL: float32", 2, 4, "obs and next_obs"),
+    ("Just Round as released: uint16", 2, 2, "obs and next_obs"),
+)
+KNOB = {"ppo": "n_steps", "sac": "buffer_size"}  # the flag that sizes the buffer
+COARSE = 100_000_000  # bytes; below this a measurement says little
+NOISY = "; below 100 MB temporary tensors and the libraries' noise, a few MB, exceed 3%"
 PROC_CGROUP, CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -126,12 +148,31 @@ def allocated_sac(
     buffer_size: int,
     num_envs: int,
     batch_size: int,
+    live_columns: int | None = None,
+    late_columns: int = 0,
 ) -> Ledger:
-    """Bytes of every persistent tensor of `sac.py`; the buffer's two rows sum to its `nbytes`."""
+    """Bytes of every persistent tensor of `sac.py`; the buffer's two rows sum to its `nbytes`.
+
+    Args:
+        codec, obs_dim, act_dim, hidden, buffer_size, num_envs, batch_size: as in `sac.py`.
+        live_columns: with --drop-constant, how many columns change in the first rows. The ledger is
+            that of the settled buffer or, if that is more, of the watch over its first rows.
+        late_columns: how many more change for the first time after the watch.
+    """
+    buffer_sizes = codec, buffer_size, num_envs, obs_dim, act_dim
+    buffer = _buffer_rows(replay_layout(*buffer_sizes))
+    if live_columns is not None:
+        layout = replay_layout(*buffer_sizes, live_columns)
+        rows, _ = layout["obs"][0]
+        watched = min(rows // num_envs, math.ceil(LiveColumns.WATCHED / num_envs)) * num_envs
+        watch = {"obs": ((watched, obs_dim), codec.dtype)}
+        blocks = {"obs": layout["obs"], "late": ((rows, late_columns), codec.dtype)}
+        layout |= max(blocks, watch, key=layout_bytes)
+        buffer["buffer observations"] = layout_bytes(layout) - buffer["buffer rest"]
     actor, critic = sac_parameters(obs_dim, act_dim, hidden)
     parameters = actor + 2 * critic + 1  # log_alpha
     return {
-        **_buffer_rows(replay_layout(codec, buffer_size, num_envs, obs_dim, act_dim)),
+        **buffer,
         "networks": 4 * parameters,
         "target networks": 4 * 2 * critic,
         "gradients": 4 * parameters,
@@ -142,9 +183,24 @@ def allocated_sac(
     }
 
 
+def dropping_at_most(codec: Codec, **sizes: int) -> Ledger:
+    """The largest that `allocated_sac` can be with --drop-constant, whatever changes when."""
+    n = sizes["obs_dim"]
+    columns = (dict(live_columns=k, late_columns=n - k) for k in range(n + 1))
+    return max((allocated_sac(codec, **sizes, **live) for live in columns), key=total)
+
+
 def _buffer_rows(layout: Layout) -> Ledger:
     obs = layout_bytes({"obs": layout["obs"]})
     return {"buffer observations": obs, "buffer rest": layout_bytes(layout) - obs}
+
+
+def total(ledger: Ledger) -> int:
+    """Bytes of all rows."""
+    return sum(ledger.values())
+
+
+LEDGERS = {"ppo": allocated_ppo, "sac": allocated_sac}
 
 
 # ---- does it fit ----
@@ -157,16 +213,16 @@ def mb(n: float) -> str:
 
 def footprint(ledger: Ledger, baseline: Ledger) -> str:
     """One line for before training: an *allocated* ledger next to that of the float64 baseline."""
-    total, other = sum(ledger.values()), sum(baseline.values())
+    whole, other = total(ledger), total(baseline)
     obs, batch = ledger["buffer observations"], ledger["decoded batch"]
     buffer = obs + ledger["buffer rest"]
     if ledger == baseline:
         compared = "this is the float64 baseline"
     else:
-        compared = f"float64 baseline {mb(other)} MB, {other / total:.1f}x as much"
+        compared = f"float64 baseline {mb(other)} MB, {other / whole:.1f}x as much"
     return (
         f"memory: buffer {mb(buffer)} MB (observations {mb(obs)} MB) + networks, gradients, Adam "
-        f"{mb(total - buffer - batch)} MB + batch {mb(batch)} MB = {mb(total)} MB; {compared}"
+        f"{mb(whole - buffer - batch)} MB + batch {mb(batch)} MB = {mb(whole)} MB; {compared}"
     )
 
 
@@ -219,6 +275,73 @@ def _text(path: Path) -> str:
         return ""
 
 
+AMOUNT = re.compile(r"(\d{0,15}\.?\d{1,15})\s*(?:(?:([kmgt])(i?))?b)?", re.ASCII | re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of e.g. 750MB, 1.2GB, 0.5 GiB or 123456. Raises ValueError on anything else, and 0."""
+    if found := AMOUNT.fullmatch(text.strip()):
+        number, prefix, binary = found.groups(default="")
+        power = "kmgt".index(prefix.lower()) + 1 if prefix else 0
+        if n := int(Decimal(number) * (1024 if binary else 1000) ** power):
+            return n
+    raise ValueError(f"{text!r} is no amount of memory; 750MB, 1.2GB, 700MiB and 123456 are")
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return psutil.Process().memory_info().rss
+
+
+def largest(algo: str, codec: Codec, budget: int, **sizes: int) -> int:
+    """The largest buffer_size (sac) or n_steps (ppo) whose allocated ledger is within budget.
+
+    Args:
+        algo: ppo or sac.
+        codec, sizes: arguments of `allocated_ppo` or `allocated_sac`, but for that one.
+        budget: bytes.
+
+    Raises:
+        ValueError: not even one batch fits; one line with the least budget.
+    """
+    allocated, knob, least = LEDGERS[algo], KNOB[algo], _least(algo, **sizes)
+    n = _most(allocated, codec, budget, 10**12, knob, sizes)  # the scripts take no more
+    if n < least:
+        needed = total(allocated(codec, **sizes, **{knob: least}))
+        raise ValueError(
+            f"a budget of {mb(budget)} MB holds no batch; the least is {needed} bytes, for "
+            f"{_flag(knob)} {least}"
+        )
+    return n
+
+
+def _least(algo: str, *, num_envs: int, batch_size: int, **_: int) -> int:
+    """The smallest buffer that `ppo.py` or `sac.py` accepts: one batch."""
+    return math.ceil(batch_size / num_envs) if algo == "ppo" else batch_size
+
+
+def _most(
+    allocated: Callable[..., Ledger], codec: Codec, limit: int, at_most: int, knob: str, sizes: dict
+) -> int:
+    """The largest knob up to at_most whose ledger is within limit bytes; 0 if none is."""
+    values = range(1, min(limit, at_most) + 1)  # a step takes a byte or more
+    return bisect_right(values, limit, key=lambda n: total(allocated(codec, **sizes | {knob: n})))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def codec_flags(codec: Codec, bound: bool = False) -> str:
+    """What asks `ppo.py` and `sac.py` for a codec; bound: say --quant-b even if the default."""
+    if not isinstance(codec, FixedPoint):
+        return "" if codec.dtype == torch.float64 else f"--storage {codec.name}"
+    flags = [f"--quant-m {codec.m}"]
+    if bound or codec.b != PAPER_B:
+        flags.append(f"--quant-b {codec.b}")
+    return " ".join(flags + ["--pack"] * isinstance(codec, Packed))
+
+
 def check_fits(allocated: Callable[..., Ledger], codec: Codec, free: int, **sizes: int) -> None:
     """Refuse a run that cannot fit: `check_fits(allocated_sac, codec, free, **sizes)`.
 
@@ -230,36 +353,55 @@ def check_fits(allocated: Callable[..., Ledger], codec: Codec, free: int, **size
     Raises:
         ValueError: one line with what is needed, what is free and which flags would fit.
     """
-    needed = sum(allocated(codec, **sizes).values())
+    needed = total(allocated(codec, **sizes))
     if needed <= free:
         return
-    algo, knob = ("sac", "buffer_size") if "buffer_size" in sizes else ("ppo", "n_steps")
-    flag = f"--{knob.replace('_', '-')}"
-
-    def largest(codec: Codec) -> int:
-        """The largest buffer that fits, at most the one asked for; 0 if none does."""
-        at_most = range(1, min(sizes[knob], free) + 1)  # a step takes a byte or more
-        return bisect_right(
-            at_most, free, key=lambda n: sum(allocated(codec, **{**sizes, knob: n}).values())
-        )
-
-    options = [f"{flag} {n}"] if (n := largest(codec)) else []
-    smaller = FixedPoint(PAPER_M[algo], PAPER_B)
-    if smaller.bits < codec.bits and (n := largest(smaller)):
-        bound = f" --quant-b {PAPER_B}" if getattr(codec, "b", PAPER_B) != PAPER_B else ""
-        size = f" {flag} {n}" if n < sizes[knob] else ""
-        options.append(f"--quant-m {smaller.m}{bound}{size} in place of {codec.name}")
+    algo = "sac" if "buffer_size" in sizes else "ppo"
+    knob, smaller = KNOB[algo], [kind(PAPER_M[algo], PAPER_B) for kind in (FixedPoint, Packed)]
+    if fixed := isinstance(codec, FixedPoint):
+        smaller.insert(0, Packed(codec.m, codec.b))
+    options, most = [], 0
+    for choice in (codec, *smaller):
+        n = _most(allocated, choice, free, sizes[knob], knob, sizes)
+        if n > most:
+            words = [f"{_flag(knob)} {n}"] if n < sizes[knob] else []
+            if choice is not codec:
+                flags = codec_flags(choice, bound=fixed and codec.b != PAPER_B)
+                words = [flags, *words, f"in place of {codec.name}"]
+            options.append(" ".join(words))
+            most = n
+    least = "at least " * ("live_columns" in sizes)
     raise ValueError(
-        f"this run needs {mb(needed)} MB of memory and {mb(free)} MB are free; "
-        + (f"what fits: {', or '.join(options)}" if options else f"not even {flag} 1 fits")
+        f"this run needs {least}{mb(needed)} MB of memory and {mb(free)} MB are free; "
+        + (f"what fits: {', or '.join(options)}" if options else f"not even {_flag(knob)} 1 fits")
     )
 
 
-def plan(algo: str, codec: Codec, device: torch.device, **sizes: int) -> str:
-    """What `ppo.py` and `sac.py` print before training: `check_fits`, then the `footprint`."""
-    allocated = {"ppo": allocated_ppo, "sac": allocated_sac}[algo]
-    check_fits(allocated, codec, free_memory(device), **sizes)
-    return footprint(allocated(codec, **sizes), allocated(Float(), **sizes))
+def plan(
+    algo: str, codec: Codec, device: torch.device, drop_constant: bool = False, **sizes: int
+) -> str:
+    """What `ppo.py` and `sac.py` print before training: `check_fits`, then the `footprint`.
+
+    With drop_constant (sac) only what cannot fit even if no column ever changes is refused, and
+    the footprint is that of `dropping_at_most`.
+    """
+    allocated, free = LEDGERS[algo], free_memory(device)
+    baseline = allocated(Float(), **sizes)
+    if not drop_constant:
+        check_fits(allocated, codec, free, **sizes)
+        return footprint(allocated(codec, **sizes), baseline)
+    check_fits(allocated, codec, free, **sizes, live_columns=0)
+    bound = dropping_at_most(codec, **sizes)
+    line = f"{footprint(bound, baseline)}; with --drop-constant that is the most it can take"
+    return line + f", and only {mb(free)} MB are free" * (total(bound) > free)
+
+
+def settled(nbytes: int, live: np.ndarray, device: torch.device) -> str:
+    """One line for a run with --drop-constant: nbytes of its buffer, live (n,) bool."""
+    return (
+        f"memory: {live.sum()} of {len(live)} columns have changed; the buffer takes "
+        f"{mb(nbytes)} MB, {mb(free_memory(device))} MB are free"
+    )
 
 
 # ---- the paper ledger ----
@@ -296,26 +438,23 @@ def fig2() -> list[dict]:
     for algo, m in PAPER_M.items():
         for task, (obs_dim, act_dim) in TASKS.items():
             sizes = dict(obs_dim=obs_dim, act_dim=act_dim, hidden=64, steps=PAPER_STEPS[algo])
-            q_bits = bits(m, PAPER_B)
-            b, q = (paper_ledger(algo, obs_bits, **sizes) for obs_bits in (64, q_bits))
-            total_b, total_q = sum(b.values()), sum(q.values())
-            shares = dict(
-                obs_of_b=b["buffer observations"] / total_b, model_of_q=q["networks"] / total_q
-            )
-            cell = dict(algo=algo, task=task, m=m, bits=q_bits, **sizes)
-            cells.append(dict(**cell, B=b, Q=q, ratio=total_b / total_q, **shares))
+            b, q = (paper_ledger(algo, n, **sizes) for n in (64, bits(m, PAPER_B)))
+            cell = dict(algo=algo, task=task, m=m, bits=bits(m, PAPER_B), **sizes, B=b, Q=q)
+            obs_of_b = b["buffer observations"] / total(b)
+            shares = dict(obs_of_b=obs_of_b, model_of_q=q["networks"] / total(q))
+            cells.append(dict(**cell, ratio=total(b) / total(q), **shares))
     return cells
 
 
 def worked_example(obs_dim: int, act_dim: int, steps: int, model: float) -> dict[str, float]:
     """Sec. III: a buffer of s, a, r in 64-bit floats, in MB, and three shares in percent."""
     obs, buffer = 8 * steps * obs_dim, 8 * steps * (obs_dim + act_dim + 1)
-    total = buffer + model
+    everything = buffer + model
     return {
         "buffer, MB": buffer / 1e6,
-        "buffer/total, %": 100 * buffer / total,
+        "buffer/total, %": 100 * buffer / everything,
         "obs/buffer, %": 100 * obs / buffer,
-        "obs/total, %": 100 * obs / total,
+        "obs/total, %": 100 * obs / everything,
     }
 
 
@@ -327,7 +466,7 @@ def paper_report() -> dict:
         span = f"{min(ratios):.2f}x to {max(ratios):.2f}x"
         notes.append(f"{algo.upper()}, m={m}: {span}; the paper says {PAPER_RATIOS[algo]}.")
     notes[-1] += f" Sec. V-C repeats PPO's 4.2x for SAC, whose best is {max(ratios):.1f}x."
-    humanoid = [sum(cells[-1][key].values()) for key in "BQ"]
+    humanoid = [total(cells[-1][key]) for key in "BQ"]
     mega, mebi = (" -> ".join(f"{n / unit:,.1f}" for n in humanoid) for unit in (1e6, 2**20))
     notes.append(
         f"Humanoid-v3 SAC: {mebi} MiB, which is {mega} MB. The paper's 3GB -> just under 750MB "
@@ -356,7 +495,7 @@ def paper_report() -> dict:
     return dict(ledger_unit="bytes", fig2=cells, worked_examples=examples, notes=notes)
 
 
-# ---- any robot: both ledgers side by side ----
+# ---- any robot: the ledgers side by side ----
 
 
 @dataclass
@@ -377,6 +516,16 @@ class Args:
     """Clamp bound, symmetric."""
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
     """Store this float type in place of fixed point."""
+    pack: bool = False
+    """Store fixed point bit by bit, 12 or 15 bits a value in place of 16."""
+    live_columns: int | None = None
+    """SAC: with --drop-constant, columns that ever change; a run says it, 257 for Humanoid-v3."""
+    measure: bool = False
+    """Run the real script up to its first updates and set what is resident beside; takes --env."""
+    budget: str | None = None
+    """Print the largest buffer of every storage within this, e.g. 750MB, and its command."""
+    layouts: bool = False
+    """SAC: print what other libraries' replay buffers take beside ours."""
     buffer_size: int = PAPER_STEPS["sac"]
     """SAC: rows of the replay buffer, all envs together."""
     n_steps: int = PAPER_STEPS["ppo"]
@@ -393,32 +542,45 @@ class Args:
     """Draw the paper's Fig. 2, always of its own four tasks, into this file, e.g. fig2.png."""
 
 
+IDLE = {  # a choice -> what it does not look at
+    "--algo ppo": "buffer_size live_columns layouts",
+    "--algo sac": "n_steps",
+    "--budget": "quant_m storage pack control_hz buffer_size n_steps measure layouts",
+    "--layouts": "quant_m quant_b storage pack control_hz hidden batch_size measure",
+}
+
+
 def check_args(args: Args) -> None:
     """Raise ValueError where arguments contradict each other or make no sense."""
-    flags = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(Args)}
-    given = [name for name in flags if getattr(args, name) != getattr(Args, name)]
+    names = [field.name for field in fields(Args)]
+    given = [name for name in names if getattr(args, name) != getattr(Args, name)]
     if args.env is not None and {"obs_dim", "act_dim"} & set(given):
         raise ValueError("--env and --obs-dim/--act-dim exclude each other; drop one")
     if (args.obs_dim is None) != (args.act_dim is None):
         raise ValueError("--obs-dim and --act-dim belong together; give both")
-    idle = [flags[name] for name in given if name not in ("json", "plot")]
+    if args.measure and args.env is None:
+        raise ValueError("--measure runs the real script and needs --env")
+    idle = [_flag(name) for name in given if name not in ("json", "plot")]
     if args.env is None and args.obs_dim is None and idle:
         raise ValueError(f"{idle[0]} needs a robot: --env, or --obs-dim and --act-dim")
-    other, unused = ("sac", "buffer_size") if args.algo == "ppo" else ("ppo", "n_steps")
-    if unused in given:
-        raise ValueError(f"{flags[unused]} belongs to --algo {other}; drop it")
-    sizes = ("obs_dim", "act_dim", "control_hz", "buffer_size", "n_steps", "num_envs", "hidden")
-    for name in (*sizes, "batch_size"):
+    for choice in (f"--algo {args.algo}", *map(_flag, given)):
+        for name in IDLE.get(choice, "").split():
+            if name in given:
+                raise ValueError(f"{_flag(name)} does nothing with {choice}; drop one")
+    if args.measure and args.live_columns is not None:
+        raise ValueError(
+            "--live-columns depend on the data: see buffer_bytes in a run's result.json"
+        )
+    sizes = "obs_dim act_dim control_hz buffer_size n_steps num_envs hidden batch_size"
+    for name in sizes.split():
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{flags[name]} {value} must be positive")
+            raise ValueError(f"{_flag(name)} {value} must be positive")
 
 
-def robot_report(args: Args) -> dict:
-    """Both ledgers for one robot, in float64 and in the codec asked for, and why they differ."""
-    algo, obs_dim, act_dim, hz = args.algo, args.obs_dim, args.act_dim, args.control_hz
-    m = PAPER_M[algo] if args.quant_m is None and args.storage is None else args.quant_m
-    codec = make_codec(m, args.quant_b, args.storage)
+def find_robot(args: Args) -> tuple[int, int, float | None]:
+    """obs_dim, act_dim and observations per second, if known, of the robot that args name."""
+    obs_dim, act_dim, hz = args.obs_dim, args.act_dim, args.control_hz
     if args.env is not None:
         import envs  # only here: it loads MuJoCo
 
@@ -427,45 +589,190 @@ def robot_report(args: Args) -> dict:
         dt = getattr(env.unwrapped, "dt", None)  # seconds per step
         hz = hz or (1 / dt if dt else None)
         env.close()
+    if args.live_columns is not None and not 0 <= args.live_columns <= obs_dim:
+        raise ValueError(f"--live-columns {args.live_columns} must be from 0 to {obs_dim}")
+    return obs_dim, act_dim, hz
+
+
+def robot_report(args: Args) -> dict:
+    """The ledgers for one robot, in float64 and in the codec asked for, and why they differ."""
+    algo, (obs_dim, act_dim, hz) = args.algo, find_robot(args)
+    m = PAPER_M[algo] if args.quant_m is None and args.storage is None else args.quant_m
+    codec = make_codec(m, args.quant_b, args.storage, args.pack)
     dims = dict(obs_dim=obs_dim, act_dim=act_dim, hidden=args.hidden)
     sizes = dict(num_envs=args.num_envs, batch_size=args.batch_size or PAPER_BATCH[algo])
-    if algo == "ppo":
-        allocated, steps = allocated_ppo, args.n_steps * args.num_envs
-        sizes["n_steps"] = args.n_steps
-    else:
-        allocated, steps = allocated_sac, args.buffer_size
-        sizes["buffer_size"] = args.buffer_size
+    sizes[KNOB[algo]] = getattr(args, KNOB[algo])
+    steps = args.n_steps * args.num_envs if algo == "ppo" else args.buffer_size
+    dropped = {} if args.live_columns is None else {"live_columns": args.live_columns}
     paper_bits = bits(codec.m, codec.b) if isinstance(codec, FixedPoint) else codec.bits
-    paper = {
-        "baseline": paper_ledger(algo, 64, **dims, steps=steps),
-        "codec": paper_ledger(algo, paper_bits, **dims, steps=steps),
-    }
-    ours = {
-        "baseline": allocated(Float(), **dims, **sizes),
-        "codec": allocated(codec, **dims, **sizes),
-    }
-    counts = dict(paper_bits=paper_bits, bits=codec.bits, steps=steps)
-    counts["rows"] = ours["codec"]["buffer observations"] * 8 // (codec.bits * obs_dim)
+    stored = {"baseline": (64, Float(), {}), "codec": (paper_bits, codec, dropped)}
+    paper, ours = {}, {}
+    for key, (n, kind, live) in stored.items():
+        paper[key] = paper_ledger(algo, n, **dims, steps=steps)
+        ours[key] = LEDGERS[algo](kind, **dims, **sizes, **live)
+    columns = dropped.get("live_columns", obs_dim)
+    words = " in whole 16-bit words" * isinstance(codec, Packed)
+    counts = dict(paper_bits=paper_bits, bits=codec.bits, columns=columns, words=words, steps=steps)
+    counts["rows"] = steps if algo == "ppo" else args.num_envs * rows_per_env(steps, args.num_envs)
+    counts |= dict(row=row_bytes(codec, columns), paper_row=paper_bits * obs_dim / 8)
     differences = {
         row: dict(bytes=n - paper["codec"].get(row, 0), why=WHY[algo][row].format(**counts))
         for row, n in ours["codec"].items()
     }
-    widths = dict(baseline=64, codec=codec.bits, paper=paper_bits)
-    rates = {name: hz * obs_dim * width / 8 for name, width in widths.items()} if hz else None
-    report = dict(ledger_unit="bytes", robot=args.env, algo=algo, **dims, **sizes, codec=codec.name)
-    report |= dict(counts, paper=paper, allocated=ours, allocated_minus_paper=differences)
-    return dict(report, control_hz=hz, bytes_per_second=rates)
+    sent = dict(baseline=8 * obs_dim, codec=row_bytes(codec, obs_dim), paper=counts["paper_row"])
+    rates = {name: hz * n for name, n in sent.items()} if hz else None
+    measured = measure(args.env, algo, codec, **dims, **sizes) if args.measure else None
+    report = dict(ledger_unit="bytes", robot=args.env, algo=algo, **dims, **sizes, **dropped)
+    report |= dict(
+        codec=codec.name, **counts, paper=paper, allocated=ours, allocated_minus_paper=differences
+    )
+    return dict(report, measured=measured, control_hz=hz, bytes_per_second=rates)
+
+
+def row_bytes(codec: Codec, n: int) -> int:
+    """Bytes of the stored row of n values."""
+    width, dtype = codec.row(n)
+    return width * dtype.itemsize
+
+
+# ---- the measured ledger ----
+
+
+def measure(env: str, algo: str, codec: Codec, **sizes: int) -> dict[str, int]:
+    """Run the real script with the smallest buffer and with this one, up to the first updates.
+
+    Returns:
+        Bytes: "resident" when training ends; its "peak"; "interpreter", its own and its
+        libraries', which is what the small run has beyond its allocated ledger; "total", what is
+        resident beyond that, to compare with the allocated total.
+
+    Raises:
+        ValueError: the buffer holds no batch, or the script fails; then with its last line.
+    """
+    knob, least = KNOB[algo], _least(algo, **sizes)
+    if sizes[knob] < least:
+        raise ValueError(f"--measure runs {algo}.py, whose {_flag(knob)} is at least {least}")
+    small = sizes | {knob: least}
+    own = _run(env, algo, codec, **small)["rss_bytes"] - total(LEDGERS[algo](codec, **small))
+    result = _run(env, algo, codec, **sizes)
+    now, peak = result["rss_bytes"], result["peak_rss_bytes"]
+    # The kernel counts the peak less exactly than what is resident now.
+    return dict(resident=now, peak=max(now, peak), interpreter=own, total=now - own)
+
+
+def _run(env: str, algo: str, codec: Codec, **sizes: int) -> dict:
+    """result.json of a short run on the CPU that has written to every page of its buffer."""
+    flags = f"{codec_flags(codec)} --device cpu --eval-episodes 0 --run-name measured"
+    for name in ("num_envs", "hidden", "batch_size"):
+        flags += f" {_flag(name)} {sizes[name]}"
+    if algo == "sac":  # with --memory-budget it touches the buffer at the start
+        ledger, batch = total(allocated_sac(codec, **sizes)), sizes["batch_size"]
+        flags += f" --memory-budget {ledger} --learning-starts {batch}"
+        flags += f" --total-timesteps {batch + 50}"
+    else:  # one whole rollout
+        flags += f" --n-steps {sizes['n_steps']} --total-timesteps 1 --n-epochs 1"
+    script = Path(__file__).with_name(f"{algo}.py")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(script), "--env", env, "--run-dir", folder, *flags.split()]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        run = subprocess.run(command, env=one_thread, capture_output=True, text=True)
+        if run.returncode:
+            *_, line = run.stderr.strip().splitlines() or [f"exit code {run.returncode}"]
+            raise ValueError(f"--measure failed; {line}")
+        return json.loads(Path(folder, "measured", "result.json").read_text())
+
+
+# ---- the largest buffer within a budget, and other libraries' buffers ----
+
+
+def storages(quant_b: float, live_columns: int | None) -> Iterator[tuple[Codec, int | None]]:
+    """Every float type, 0 to 3 decimals and these packed; fixed point also with live_columns."""
+    for dtype in STORAGE_DTYPES.values():
+        yield Float(dtype), None
+    for m in range(4):
+        if m and quant_b * 10**m >= 2**24:
+            return  # so many decimals of so large a number are beyond float32
+        for codec in (FixedPoint(m, quant_b), Packed(m, quant_b)):
+            if isinstance(codec, Packed) and codec.bits == 8 * codec.dtype.itemsize:
+                continue  # nothing to pack
+            yield from ((codec, live) for live in dict.fromkeys([None, live_columns]))
+
+
+def budget_report(args: Args) -> dict:
+    """The largest buffer of each storage whose allocated ledger is within --budget."""
+    algo, knob, budget = args.algo, KNOB[args.algo], parse_bytes(args.budget)
+    obs_dim, act_dim, _ = find_robot(args)
+    defaults = dict(num_envs=1, hidden=64, batch_size=PAPER_BATCH[algo])  # of the scripts
+    chosen = {name: getattr(args, name) or default for name, default in defaults.items()}
+    words = [f"python {algo}.py", *([f"--env {args.env}"] if args.env else [])]
+    words += [f"{_flag(name)} {n}" for name, n in chosen.items() if n != defaults[name]]
+    sizes = dict(obs_dim=obs_dim, act_dim=act_dim, **chosen)
+    rows = []
+    for codec, live in storages(args.quant_b, args.live_columns):
+        dropped, columns = ({}, obs_dim) if live is None else ({"live_columns": live}, live)
+        try:
+            n = largest(algo, codec, budget, **sizes, **dropped)
+            size = f"{_flag(knob)} {n}" + " --drop-constant" * bool(dropped)
+            if algo == "sac" and not dropped:
+                size = f"--memory-budget {''.join(args.budget.split())}"
+            command = " ".join(filter(None, [*words, codec_flags(codec), size]))
+        except ValueError:
+            n, command = 0, "does not fit"
+        stored = {"storage": codec.name, "bits": codec.bits, "columns": columns}
+        rows.append(stored | {knob: n, "command": command})
+    note = (
+        f"{mb(budget)} MB for buffer, networks, gradients, Adam and one batch; the interpreter and "
+        "its libraries\ncome on top, about 370 MB: see --measure. "
+        f"The paper's m is {PAPER_M[algo]} for {algo.upper()}."
+    )
+    if args.live_columns is not None:
+        note += f"\n--drop-constant: if no other column changes after row {LiveColumns.WATCHED:,}."
+    report = dict(ledger_unit="bytes", robot=args.env, algo=algo, **sizes, budget=budget)
+    return dict(report, rows=rows, note=note)
+
+
+def layouts_report(args: Args) -> dict:
+    """Replay buffers for --buffer-size transitions: those of other libraries, then ours."""
+    obs_dim, act_dim, _ = find_robot(args)
+    sizes = dict(obs_dim=obs_dim, act_dim=act_dim, num_envs=args.num_envs)
+    sizes["buffer_size"] = steps = args.buffer_size
+    layouts = []  # name, bytes per observation, those of the buffer's two rows, note
+    for name, copies, itemsize, note in PEERS:
+        n = copies * itemsize * obs_dim
+        layouts.append((name, n, n * steps, 4 * (act_dim + 3) * steps, note))
+    fixed = [FixedPoint(PAPER_M["sac"], PAPER_B), Packed(PAPER_M["sac"], PAPER_B)]
+    ours = [(codec, None) for codec in (Float(), Float(torch.float16), *fixed)]
+    if args.live_columns is not None:
+        ours += [(codec, args.live_columns) for codec in fixed]
+    for codec, live in ours:
+        ledger = allocated_sac(codec, **sizes, hidden=1, batch_size=1, live_columns=live)
+        n = row_bytes(codec, obs_dim if live is None else live)
+        note = "one copy" if live is None else f"one copy, {live} columns"
+        buffer = ledger["buffer observations"], ledger["buffer rest"]
+        layouts.append((f"ours: {codec.name}", n, *buffer, note))
+    stock, rows = sum(layouts[0][2:4]), []
+    for name, n, obs, rest, note in layouts:
+        row = {"layout": name, "bytes per observation": n, "observations": obs, "rest": rest}
+        rows.append(row | {"total": obs + rest, "times less": stock / (obs + rest), "note": note})
+    note = (
+        "rest: actions, rewards and ends, in float32 in the first four; times less: than the first"
+    )
+    report = dict(ledger_unit="bytes", robot=args.env, algo="sac", **sizes)
+    return dict(report, rows=rows, note=note)
 
 
 # ---- output ----
 
 
-def _table(rows: list[list[str]]) -> None:
-    """Print rows with the first column to the left and the others to the right."""
+def _table(rows: list[list[str]], text: Sequence[int] = (0,)) -> None:
+    """Print rows with the columns in text to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        print("  ".join([first.ljust(widths[0]), *cells]))
+    for row in rows:
+        cells = (
+            cell.ljust(width) if i in text else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
 
 
 def print_paper(report: dict) -> None:
@@ -473,7 +780,7 @@ def print_paper(report: dict) -> None:
     print("Fig. 2: B 64-bit observations, Q quantised; 64x64 networks in float32\n")
     rows = [["", "m", "bits", "B, MB", "Q, MB", "B/Q", "observations in B", "model in Q"]]
     for cell in report["fig2"]:
-        totals = [mb(sum(cell[key].values())) for key in "BQ"]
+        totals = [mb(total(cell[key])) for key in "BQ"]
         shares = [f"{cell['obs_of_b']:.1%}", f"{cell['model_of_q']:.2%}"]
         name = f"{cell['algo'].upper()} {cell['task']}"
         numbers = [str(cell["m"]), str(cell["bits"]), *totals, f"{cell['ratio']:.2f}x", *shares]
@@ -489,23 +796,34 @@ def print_paper(report: dict) -> None:
     print("", *report["notes"], sep="\n- ")
 
 
+def print_settings(report: dict) -> None:
+    """The heading of a report on one robot."""
+    sizes = "obs_dim act_dim hidden buffer_size n_steps live_columns num_envs batch_size"
+    settings = [f"{name} {report[name]:,}" for name in sizes.split() if name in report]
+    print(f"{report['robot'] or 'robot'}, {report['algo'].upper()}: {', '.join(settings)}\n")
+
+
 def print_robot(report: dict) -> None:
     """`robot_report` as one table, the reasons for its differences and the bandwidth."""
-    sizes = ("obs_dim", "act_dim", "hidden", "buffer_size", "n_steps", "num_envs", "batch_size")
-    settings = ", ".join(f"{name} {report[name]:,}" for name in sizes if name in report)
-    print(f"{report['robot'] or 'robot'}, {report['algo'].upper()}: {settings}\n")
-    heads = ("paper: 64-bit", f"{report['paper_bits']}-bit", "allocated: float64", report["codec"])
-    ledgers = [
-        report[name][key] for name in ("paper", "allocated") for key in ("baseline", "codec")
-    ]
+    print_settings(report)
+    heads = ["paper: 64-bit", f"{report['paper_bits']}-bit", "allocated: float64", report["codec"]]
+    ledgers = [*report["paper"].values(), *report["allocated"].values()]
     rows = [["MB", *heads]]
     for row in report["allocated"]["codec"]:
         rows.append([row, *(mb(ledger[row]) if row in ledger else "-" for ledger in ledgers)])
-    totals = [sum(ledger.values()) for ledger in ledgers]
+    totals = [total(ledger) for ledger in ledgers]
     rows.append(["total", *map(mb, totals)])
-    ratios = (f"{wide / narrow:.2f}x" for wide, narrow in (totals[:2], totals[2:]))
-    rows.append(["ratio", "", next(ratios), "", next(ratios)])
+    ratios = [f"{totals[i] / totals[i + 1]:.2f}x" for i in (0, 2)]
+    rows.append(["ratio", "", ratios[0], "", ratios[1]])
+    if measured := report["measured"]:
+        column = {"MB": "measured", "total": mb(measured["total"])}
+        rows = [[*row, column.get(row[0], "")] for row in rows]
+        for name in ("interpreter", "resident", "peak"):
+            rows.append([name, "", "", "", "", mb(measured[name])])
     _table(rows)
+    if measured:
+        off, note = measured["total"] - totals[-1], NOISY * (totals[-1] < COARSE)
+        print(f"\nmeasured - allocated, bytes: {off:+,} ({off / totals[-1]:+.2%}){note}")
     print(f"\nallocated - paper, bytes ({report['codec']}):")
     for row, difference in report["allocated_minus_paper"].items():
         print(f"  {row:20}{difference['bytes']:+15,}  {difference['why']}")
@@ -515,6 +833,19 @@ def print_robot(report: dict) -> None:
             f"{rates['baseline']:,.0f} in float64, {rates['codec']:,.0f} in {report['codec']}, "
             f"{rates['paper']:,.0f} in {report['paper_bits']} bits"
         )
+
+
+def print_rows(report: dict) -> None:
+    """`budget_report` or `layouts_report`: its rows as one table, a column for each key."""
+    print_settings(report)
+    in_mb, (first, *_) = ("observations", "rest", "total"), report["rows"]
+    table = [[f"{key}, MB" if key in in_mb else key for key in first]]
+    for row in report["rows"]:
+        formats = {int: "{:,}", float: "{:.2f}x", str: "{}"}
+        cells = (mb(n) if key in in_mb else formats[type(n)].format(n) for key, n in row.items())
+        table.append([*cells])
+    _table(table, text=[i for i, n in enumerate(first.values()) if isinstance(n, str)])
+    print(f"\n{report['note']}")
 
 
 def plot_fig2(cells: list[dict], path: Path) -> None:
@@ -529,14 +860,10 @@ def plot_fig2(cells: list[dict], path: Path) -> None:
         raise ValueError(f"--plot {path}: there is no folder {path.parent}")
     for ax, algo in zip(figure.subplots(1, 2), PAPER_M, strict=True):
         shown = [cell for cell in cells if cell["algo"] == algo]
-        bars = [
-            (3 * i + j, cell[key]) for i, cell in enumerate(shown) for j, key in enumerate("BQ")
-        ]
-        places = [place for place, _ in bars]
-        model = [ledger["networks"] / 1e6 for _, ledger in bars]
-        buffer = [
-            sum(ledger.values()) / 1e6 - n for (_, ledger), n in zip(bars, model, strict=True)
-        ]
+        places = [3 * i + j for i in range(len(shown)) for j in range(2)]
+        ledgers = [cell[key] for cell in shown for key in "BQ"]
+        model = [ledger["networks"] / 1e6 for ledger in ledgers]
+        buffer = [(total(ledger) - ledger["networks"]) / 1e6 for ledger in ledgers]
         ax.bar(places, model, 0.9, color="black", label="model")
         drawn = ax.bar(places, buffer, 0.9, bottom=model, color="tab:blue", label="buffer")
         ratios = [text for cell in shown for text in ("", f"{cell['ratio']:.1f}x")]
@@ -557,10 +884,16 @@ def plot_fig2(cells: list[dict], path: Path) -> None:
 
 def main(args: Args) -> None:
     """Compute, draw, then print. Bad input is one line on stderr, exit code 2 and nothing else."""
-    of_paper = args.env is None and args.obs_dim is None
     try:
         check_args(args)
-        report = paper_report() if of_paper else robot_report(args)
+        if args.env is None and args.obs_dim is None:
+            report, show = paper_report(), print_paper
+        elif args.budget is not None:
+            report, show = budget_report(args), print_rows
+        elif args.layouts:
+            report, show = layouts_report(args), print_rows
+        else:
+            report, show = robot_report(args), print_robot
         if args.plot:
             plot_fig2(fig2(), args.plot)
             report["plot"] = str(args.plot)
@@ -570,7 +903,7 @@ def main(args: Args) -> None:
     if args.json:
         print(json.dumps(report, indent=2))
         return
-    (print_paper if of_paper else print_robot)(report)
+    show(report)
     if args.plot:
         print(f"\nFig. 2 is in {args.plot}")
 

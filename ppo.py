@@ -65,6 +65,8 @@ class Args:
     """clamp bound: observations are clamped to [-b, b] before rounding"""
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
     """dtype in which the baseline stores observations; None is float64, the paper's"""
+    pack: bool = False
+    """store the codes of --quant-m bit by bit, 12 or 15 bits a value in place of 16"""
     quant_act: bool = False
     """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
     seed: int = 1
@@ -180,7 +182,7 @@ def prepare(args: Args) -> tuple:
     try:
         check(args)
         device = find_device(args.device)
-        codec = make_codec(args.quant_m, args.quant_b, args.storage)
+        codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
         envs = make_vector(args.env, args.num_envs)
         (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
         dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
@@ -453,6 +455,7 @@ def main(args: Args) -> dict:
         "ms_per_step": 1000 * (time.perf_counter() - start_time) / global_step,
         "storage": codec.name,
         "buffer_bytes": buffer.nbytes,
+        "rss_bytes": memory.resident(),
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "clip_fraction": codec.clamp.fraction,
         "max_abs_obs": codec.clamp.max_abs,
@@ -477,3 +480,5 @@ if __name__ == "__main__":
         main(args)
     except ObservationError as error:
         sys.exit(f"ppo.py: error: {args.env} returned {error}")
+    except MemoryError as error:  # memory that was free when `prepare` looked
+        sys.exit(f"ppo.py: error: {error}; a smaller --n-steps, or --pack, takes less")

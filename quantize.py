@@ -11,10 +11,10 @@
 | 10^m  | `scale`                 | codes per unit                          |
 | s_q   | `decode(encode(s))`     | equals float32(`quantize(s, m, b)`)     |
 
-A codec is how a buffer stores observations. `encode` takes numpy observations of any leading shape
-and returns a CPU tensor of `codec.dtype`; `decode` takes such a tensor on any device and returns
-float32. `codec.clamp` counts what it had to clamp, `name` and `bits` describe it. A new one joins
-`Codec` and `make_codec`.
+A `Codec` is how a buffer stores observations. `Float` is the baseline, `FixedPoint` the method in
+whole integers, `Packed` the method in as many bits as the codes need.
+
+    python quantize.py --env Humanoid-v5 --steps 20000    # which m and b suit a robot: survey.py
 """
 
 import math
@@ -123,7 +123,46 @@ def _columns(mask: np.ndarray, most: int = 12) -> str:
     return f"{indices[:most]}{more}"
 
 
-class Float:
+class Codec:
+    """How a buffer stores observations: encode, pack, keep, unpack, decode.
+
+    A code stands for one value; a stored row is what a buffer keeps of one observation. Here, and
+    for all but `Packed`, a row is its codes.
+
+    Attributes:
+        dtype: of the codes.
+        bits: per value in a row.
+        name: for people.
+        clamp: counts what `encode` had to clamp.
+    """
+
+    dtype: torch.dtype
+    bits: int
+    name: str
+    clamp: Clamp
+
+    def encode(self, obs: np.ndarray) -> torch.Tensor:
+        """(..., n) float -> (..., n) `dtype`, on the CPU. Raises ObservationError on nan or inf."""
+        raise NotImplementedError
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """(..., n) `dtype`, on any device -> (..., n) float32."""
+        raise NotImplementedError
+
+    def row(self, n: int) -> tuple[int, torch.dtype]:
+        """Elements and dtype of the stored row of n values."""
+        return n, self.dtype
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """(..., n) codes on the CPU -> (..., width) stored rows."""
+        return codes
+
+    def unpack(self, rows: torch.Tensor, n: int) -> torch.Tensor:
+        """(..., width) stored rows, on any device -> (..., n) codes; undoes `pack`."""
+        return rows
+
+
+class Float(Codec):
     """The baselines: observations in a float dtype, clamped to what is finite in it and in float32.
 
     Args:
@@ -139,15 +178,13 @@ class Float:
         self.clamp = Clamp(largest, "a wider --storage")
 
     def encode(self, obs: np.ndarray) -> torch.Tensor:
-        """(..., n) float -> (..., n) `dtype`. Raises ObservationError on nan or inf."""
         return torch.from_numpy(self.clamp(np.asarray(obs, np.float64))).to(self.dtype)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """(..., n) `dtype` -> (..., n) float32."""
         return codes.to(torch.float32)
 
 
-class FixedPoint:
+class FixedPoint(Codec):
     """The paper's method: code = round(clamp(s) * 10^m), in the smallest of int8, int16, int32.
 
     |decode(encode(s)) - s| <= 0.5 * 10^-m + b * 2^-24 for |s| <= b.
@@ -190,13 +227,11 @@ class FixedPoint:
             warnings.warn(f"float32 cannot show {m} decimals near {b:g}", stacklevel=2)
 
     def encode(self, obs: np.ndarray) -> torch.Tensor:
-        """(..., n) float -> (..., n) `dtype`. Raises ObservationError on nan or inf."""
         # In float64: float32 arithmetic gets about 14 codes per million wrong.
         scaled = self.clamp(np.asarray(obs, np.float64)) * self.scale
         return torch.from_numpy(np.rint(scaled).astype(self._numpy_dtype))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """(..., n) `dtype` -> (..., n) float32."""
         values = codes.to(self._decode_dtype)
         # A true division: a product with 10^-m is off by one ulp for 28% of the m = 2 codes, and
         # CUDA turns division by a number into that product, though not division by a tensor.
@@ -204,11 +239,89 @@ class FixedPoint:
         return values.div_(scale).to(torch.float32)
 
 
-Codec = Float | FixedPoint
+class Packed(FixedPoint):
+    """FixedPoint without the idle bits: a value takes `stored_bits(m, b)`, as the paper counts.
+
+    At b = 127 that is 8, 12, 15, 18 bits for m = 0, 1, 2, 3. Lossless: rows hold the same codes.
+    """
+
+    def __init__(self, m: int, b: float = 127):
+        super().__init__(m, b)
+        self.bits = stored_bits(m, b)
+        self.name = f"packed {self.bits}-bit (m={m}, b={b:g})"
+
+    def row(self, n: int) -> tuple[int, torch.dtype]:
+        return math.ceil(n * self.bits / 16), torch.int16
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(pack_bits(codes.numpy(), self.bits))
+
+    def unpack(self, rows: torch.Tensor, n: int) -> torch.Tensor:
+        return unpack_bits(rows, n, self.bits).to(self.dtype)
 
 
-def make_codec(quant_m: int | None, quant_b: float, storage: str | None) -> Codec:
-    """The codec that the flags --quant-m, --quant-b and --storage ask for; float64 without any.
+def _spare(width: int) -> tuple[int, int, int]:
+    """How codes of `width` bits go into the spare bits of 16-bit words that hold one code each.
+
+    Returns:
+        c, k, e: a code is cut into k chunks of c bits, one to a word; a word has room for e chunks.
+    """
+    c = math.gcd(width, 16)
+    return c, width // c, (16 - width) // c
+
+
+def pack_bits(codes: np.ndarray, width: int) -> np.ndarray:
+    """(..., n) integers that fit in `width` bits, 1 to 32 -> (..., ceil(n width / 16)) int16.
+
+    With W words the first W codes take the high bits of a word each. The others are cut into chunks
+    for the words' spare low bits: at 15 bits, 15 words hold their own code and one bit each of a
+    sixteenth. Beyond 16 bits every code has a word for its low 16 bits, and behind those words the
+    high bits are packed as codes of their own.
+    """
+    codes = codes.astype(np.int32)
+    if width > 16:
+        return np.concatenate([codes.astype(np.int16), pack_bits(codes >> 16, width - 16)], -1)
+    c, k, e = _spare(width)
+    n_words = math.ceil(codes.shape[-1] * width / 16)
+    words = codes[..., :n_words] << 16 - width
+    # (..., k, rest): all lowest chunks lie side by side, then all second ones.
+    chunks = codes[..., None, n_words:] >> c * np.arange(k)[:, None] & (1 << c) - 1
+    chunks = chunks.reshape(*codes.shape[:-1], math.prod(chunks.shape[-2:]))
+    for j in range(e):
+        part = chunks[..., j * n_words : (j + 1) * n_words]
+        words[..., : part.shape[-1]] |= part << c * j
+    return words.astype(np.int16)
+
+
+def unpack_bits(words: torch.Tensor, n: int, width: int) -> torch.Tensor:
+    """Undo `pack_bits`: (..., W) int16, on any device -> (..., n) int16, or int32 from 17 bits on.
+
+    Few passes over whole words, in place where it can be: memory traffic is what this costs.
+    """
+    if width > 16:
+        high = unpack_bits(words[..., n:], n, width - 16).to(torch.int32)
+        low = words[..., :n].to(torch.int32)
+        return high.bitwise_left_shift_(16).bitwise_or_(low.bitwise_and_(0xFFFF))
+    c, k, e = _spare(width)
+    n_rest = n - words.shape[-1]
+    if n_rest == 0:
+        return words >> 16 - width
+    chunks = [(words >> c * j if j else words) & (1 << c) - 1 for j in range(e)]
+    rest = torch.cat(chunks, -1) if e > 1 else chunks[0]
+    while k > 1:  # halve the number of blocks: chunk i + half joins chunk i at its place
+        half = (k + 1) // 2
+        upper = rest[..., half * n_rest : k * n_rest]
+        rest[..., : (k - half) * n_rest].add_(upper, alpha=1 << c * half)
+        k = half
+    rest = rest[..., :n_rest]
+    # The arithmetic shift drops the chunks below the first codes and extends every code's sign.
+    return torch.cat((words, rest << 16 - width), -1).bitwise_right_shift_(16 - width)
+
+
+def make_codec(
+    quant_m: int | None, quant_b: float, storage: str | None, pack: bool = False
+) -> Codec:
+    """The codec that --quant-m, --quant-b, --storage and --pack ask for; float64 without any.
 
     Raises:
         ValueError: flags that contradict each other or are out of range.
@@ -216,9 +329,19 @@ def make_codec(quant_m: int | None, quant_b: float, storage: str | None) -> Code
     if quant_m is None:
         if quant_b != 127:
             raise ValueError(f"--quant-b {quant_b:g} does nothing without --quant-m; add it")
+        if pack:
+            raise ValueError("--pack packs fixed-point codes and does nothing without --quant-m")
         return Float(STORAGE_DTYPES[storage or "float64"])
     if storage is not None:
         raise ValueError(
             f"--quant-m {quant_m} and --storage {storage} exclude each other; drop one"
         )
-    return FixedPoint(quant_m, quant_b)
+    return Packed(quant_m, quant_b) if pack else FixedPoint(quant_m, quant_b)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    import survey  # only here: it loads MuJoCo
+
+    survey.main(tyro.cli(survey.Args))

@@ -62,6 +62,23 @@ reference_runs() {
     echo "experiments/sb3.py --algo sac --env Humanoid-v3 --seed 1 --total-timesteps 100000"
 }
 
+# Storages side by side: SAC 100k steps, whose float64 and m = 2 are learning_runs, and PPO 200k.
+ablation_runs() {
+    local env seed storage
+    for env in HalfCheetah-v3 Walker2d-v3; do
+        for seed in 1 2; do
+            for storage in "--quant-m 0" "--quant-m 1" "--storage float16"; do
+                echo "sac.py --env $env --seed $seed --total-timesteps 100000 $storage"
+            done
+        done
+        for seed in 1 2 3; do
+            for storage in "" " --quant-m 0" " --quant-m 1" " --quant-m 2"; do
+                echo "ppo.py --env $env --seed $seed --total-timesteps 200000$storage"
+            done
+        done
+    done
+}
+
 case "${1-}" in
 test)
     setup .venv requirements-dev.txt

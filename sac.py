@@ -65,8 +65,14 @@ class Args:
     """clamp bound: observations are clamped to [-b, b] before rounding"""
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
     """dtype in which the baseline stores observations; None is float64, the paper's"""
+    pack: bool = False
+    """store the codes of --quant-m bit by bit, 12 or 15 bits a value in place of 16"""
     quant_act: bool = False
     """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
+    drop_constant: bool = False
+    """store a column of the observation only from its first change on"""
+    memory_budget: str | None = None
+    """size the buffer, and with it networks and batch, to this, e.g. 750MB, and take it at once"""
     seed: int = 1
     """random seed of networks, environments, exploration and sampling"""
     total_timesteps: int = 1_000_000
@@ -120,7 +126,14 @@ def check(args: Args) -> None:
                 raise ValueError(f"{flag} is out of range; it must be from {low} to {high}")
     if args.target_entropy is not None and not math.isfinite(args.target_entropy):
         raise ValueError(f"--target-entropy {args.target_entropy} is not finite")
-    if args.batch_size > args.buffer_size:
+    if args.memory_budget is not None and args.buffer_size != Args.buffer_size:
+        raise ValueError("--memory-budget sets the buffer's size; drop --buffer-size or the budget")
+    if args.memory_budget is not None and args.drop_constant:
+        raise ValueError(
+            "with --drop-constant the buffer's bytes depend on the data and --memory-budget cannot "
+            "tell its size; `memory.py --budget 750MB --live-columns N` does, for --buffer-size"
+        )
+    if args.memory_budget is None and args.batch_size > args.buffer_size:
         raise ValueError(
             f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}"
         )
@@ -171,7 +184,7 @@ def prepare(args: Args) -> tuple:
     """Check everything, create the run's folder last, and say what memory the run will take.
 
     Returns:
-        device, codec, vector env, dims (obs_dim, act_dim, num_envs), run_dir.
+        device, codec, vector env, sizes (obs_dim, act_dim, num_envs, buffer_size), run_dir.
 
     Raises:
         SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
@@ -179,20 +192,25 @@ def prepare(args: Args) -> tuple:
     try:
         check(args)
         device = find_device(args.device)
-        codec = make_codec(args.quant_m, args.quant_b, args.storage)
+        codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
         envs = make_vector(args.env, args.num_envs)
         (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
-        sizes = dims | {
-            name: getattr(args, name) for name in ("hidden", "buffer_size", "batch_size")
-        }
-        footprint = memory.plan("sac", codec, device, **sizes)  # refuses what cannot fit
+        sizes = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
+        networks = {"hidden": args.hidden, "batch_size": args.batch_size}
+        if args.memory_budget is None:
+            sizes["buffer_size"] = args.buffer_size
+        else:
+            budget = memory.parse_bytes(args.memory_budget)
+            sizes["buffer_size"] = memory.largest("sac", codec, budget, **sizes, **networks)
+        footprint = memory.plan(  # refuses what cannot fit
+            "sac", codec, device, **sizes, **networks, drop_constant=args.drop_constant
+        )
         run_dir = make_run_dir(args)
     except ValueError as error:
         print(f"sac.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{run_dir} on {device}, observations stored as {codec.name}\n{footprint}")
-    return device, codec, envs, dims, run_dir
+    return device, codec, envs, sizes, run_dir
 
 
 # memory.py counts the parameters of both networks: a change of their layers belongs there as well.
@@ -339,8 +357,8 @@ def main(args: Args) -> dict:
         SystemExit: code 2 for bad input, see `prepare`.
         ObservationError: the environment returned nan or inf.
     """
-    device, codec, envs, dims, run_dir = prepare(args)
-    obs_dim, act_dim = dims["obs_dim"], dims["act_dim"]
+    device, codec, envs, sizes, run_dir = prepare(args)
+    obs_dim, act_dim = sizes["obs_dim"], sizes["act_dim"]
     torch.manual_seed(args.seed)
     envs.action_space.seed(args.seed)
     low, high = envs.single_action_space.low, envs.single_action_space.high
@@ -356,7 +374,11 @@ def main(args: Args) -> dict:
     target_flat = flatten([*target.parameters()])
     actor_optimizer = torch.optim.Adam([actor_flat], lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam([critic_flat], lr=args.learning_rate, fused=True)
-    buffer = ReplayBuffer(codec, args.buffer_size, **dims, device=device, seed=args.seed)
+    buffer = ReplayBuffer(
+        codec, **sizes, device=device, seed=args.seed, drop_constant=args.drop_constant
+    )
+    if args.memory_budget is not None:
+        buffer.touch()
 
     def to_env(action: np.ndarray) -> np.ndarray:
         """From [-1, 1] to the environment's bounds."""
@@ -384,6 +406,7 @@ def main(args: Args) -> dict:
     episode_return = np.zeros(args.num_envs, np.float64)
     episode_length = np.zeros(args.num_envs, np.int64)
     global_step, next_log, reported = 0, LOG_EVERY, False
+    buffer_bytes = buffer.nbytes  # grows with --drop-constant only
     start_time = time.perf_counter()
 
     obs, _ = envs.reset(seed=args.seed)
@@ -466,6 +489,9 @@ def main(args: Args) -> dict:
                 "quant/max_abs_obs": codec.clamp.max_abs,
             }.items():
                 writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
+            if buffer.nbytes != buffer_bytes:
+                buffer_bytes = buffer.nbytes
+                bar.write(memory.settled(buffer_bytes, buffer.obs.live, device))
 
     # --- Sum up ----------------------------------------------------------------------------------
     bar.close()
@@ -478,6 +504,7 @@ def main(args: Args) -> dict:
         "ms_per_step": 1000 * (time.perf_counter() - start_time) / global_step,
         "storage": codec.name,
         "buffer_bytes": buffer.nbytes,
+        "rss_bytes": memory.resident(),
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "clip_fraction": codec.clamp.fraction,
         "max_abs_obs": codec.clamp.max_abs,
@@ -509,3 +536,5 @@ if __name__ == "__main__":
         main(args)
     except ObservationError as error:
         sys.exit(f"sac.py: error: {args.env} returned {error}")
+    except MemoryError as error:  # memory that was free when `prepare` looked
+        sys.exit(f"sac.py: error: {error}; a smaller --buffer-size, or --pack, takes less")

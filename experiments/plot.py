@@ -27,7 +27,8 @@ TIME_LIMIT = 1_000  # steps of the longest episode of the four tasks
 TAG = "charts/episodic_return"
 SB3_NAME = re.compile(r"(?P<env>.+)__sb3-(?P<algo>ppo|sac)__seed(?P<seed>\d+)")  # see sb3.py
 SB3_ROLLOUT = {"ppo": 2048, "sac": 1}  # steps at a time: SB3 finishes the last one, as we do
-MAY_DIFFER = {"quant_m", "storage", "seed", "device", "eval_episodes", "run_dir", "run_name"}
+MAY_DIFFER = {"quant_m", "storage", "pack", "drop_constant", "memory_budget"}
+MAY_DIFFER |= {"seed", "device", "eval_episodes", "run_dir", "run_name"}
 KEY = ["algo", "env", "method", "seed"]  # what identifies a run
 CURVES = [*KEY, "step", "episodic_return", "episodes"]
 RUNS = [*KEY, "steps", "return_last_tenth", "eval_mean", "eval_std", "eval_episodes", "max_abs_obs"]
@@ -104,8 +105,6 @@ def read_run(folder: Path, sb3_steps: dict[str, int]) -> tuple[dict, dict | None
         raise ValueError("unfinished: neither a result.json nor episodes of an SB3 run")
     else:
         row = read_sb3(name, steps, returns, sb3_steps[name["algo"]])
-    if row["method"] not in STYLES:
-        raise ValueError(f"stored as {row['method']}, which is none of {', '.join(STYLES)}")
     return row, settings, bin_returns(steps, returns)
 
 
@@ -179,7 +178,7 @@ def draw_method(axes: Axes, curves: list[dict[int, float]], style: dict) -> Line
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Write learning_ppo.png and learning_sac.png; an algorithm without runs gets none."""
+    """Write learning_ppo.png and learning_sac.png of the methods in STYLES."""
     runs = read_csv(args.results / "runs.csv", RUNS)
     end = {tuple(run[name] for name in KEY): int(run["steps"]) for run in runs}
     curves = defaultdict(lambda: defaultdict(dict))  # (algo, env, method): seed: step: return

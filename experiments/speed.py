@@ -1,4 +1,4 @@
-"""Milliseconds per environment step of the whole training loop: float64, rounded, and SB3's.
+"""Milliseconds per environment step of the training loop: float64, rounded, packed, and SB3's.
 
     python experiments/speed.py                              # table, and results/speed.csv
     python experiments/speed.py --rounds 2 --steps-sac 400 --steps-ppo 2048 --out speed.csv
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import envs
 from buffers import ReplayBuffer
-from quantize import FixedPoint, Float
+from quantize import FixedPoint, Float, Packed
 
 GOALS = {  # algo-task: most ms/step that we aim for
     "sac-Humanoid-v3": 4.0,
@@ -40,13 +40,14 @@ GOALS = {  # algo-task: most ms/step that we aim for
     "ppo-Humanoid-v3": None,
 }
 RATIO_GOAL = 1.03  # rounded over float64
+PACKED_GOAL = 1.07  # packed over rounded
 DECIMALS = {"sac": "2", "ppo": "1"}  # the paper's m
 PPO_ROLLOUT = 2048  # both PPOs finish the last one, but sb3.py divides by the steps asked for
-VARIANTS = ["float64", "rounded", "SB3"]
+VARIANTS = ["float64", "rounded", "packed", "SB3"]
 SB3_INSTALL = "python3 -m venv .venv-bench && .venv-bench/bin/pip install -r requirements-bench.txt"
 COLUMNS = ["round", "cell", "variant", "ms_per_step", "threads", "torch", "cpu"]
-HEADER = ["cell", "variant", "ms/step", "min", "max", "/float64", "of medians", "/SB3", "goal"]
-LINE = "{:<16} {:<8} {:>8} {:>8} {:>8} {:>9} {:>10} {:>7}  {}"
+HEADER = ["cell", "variant", "ms/step", "min", "max", "/float64", "/rounded", "/SB3", "goal"]
+LINE = "{:<16} {:<8} {:>8} {:>8} {:>8} {:>9} {:>9} {:>7}  {}"
 FILLED = 200_000  # of the buffers' million rows; the others never become resident
 
 
@@ -55,8 +56,8 @@ def run_once(cell: str, variant: str, args: argparse.Namespace) -> float:
     algo, env_id = cell.split("-", 1)
     steps = str(args.steps_sac if algo == "sac" else args.steps_ppo)
     command = [sys.executable, ROOT / f"{algo}.py", "--eval-episodes", "0", "--run-name", "run"]
-    if variant == "rounded":
-        command += ["--quant-m", DECIMALS[algo]]
+    if variant in ("rounded", "packed"):
+        command += ["--quant-m", DECIMALS[algo], *["--pack"] * (variant == "packed")]
     elif variant == "SB3":
         command = [args.sb3_python, ROOT / "experiments/sb3.py", "--algo", algo]
         if not shutil.which(args.sb3_python):
@@ -119,21 +120,21 @@ def ratio(ours: dict[int, float], other: dict[int, float]) -> float | None:
 
 def report(cells: list[str], times: dict, failures: dict) -> None:
     """Print the table."""
-    print("\n/float64 and /SB3: median of the rounds' ratios; of medians: /float64 of the medians")
+    print("\n/float64, /rounded and /SB3 are medians of the rounds' ratios")
     print(LINE.format(*HEADER))
     for cell in cells:
-        base, sb3 = times[cell, "float64"], times[cell, "SB3"]
+        base, rounded, sb3 = (times[cell, name] for name in ("float64", "rounded", "SB3"))
         for variant in VARIANTS:
             mine, failed = times[cell, variant], failures[cell, variant]
             if not mine:
                 print(f"{cell:<16} {variant:<8} {failed[-1]}")
                 continue
-            ms, to_base = median(mine.values()), ratio(mine, base)
-            of_medians = ms / median(base.values()) if base else None
-            numbers = [ms, min(mine.values()), max(mine.values()), to_base, of_medians]
+            ms, to_base, to_rounded = median(mine.values()), ratio(mine, base), ratio(mine, rounded)
+            numbers = [ms, min(mine.values()), max(mine.values()), to_base, to_rounded]
             shown = ["-" if x is None else f"{x:.3f}" for x in (*numbers, ratio(mine, sb3))]
             goals = [(ms, GOALS[cell], " ms")] if variant != "SB3" else []
             goals += [(to_base, RATIO_GOAL, "x")] if variant == "rounded" else []
+            goals += [(to_rounded, PACKED_GOAL, "x")] if variant == "packed" else []
             notes = [
                 f"<= {goal}{unit} {'reached' if value <= goal else 'missed'}"
                 for value, goal, unit in goals
@@ -144,29 +145,37 @@ def report(cells: list[str], times: dict, failures: dict) -> None:
 
 
 def time_buffers(threads: int, samples: int = 2000) -> None:
-    """Print us per ReplayBuffer.sample(256) of Humanoid-v3, float64 and m = 2 by turns."""
+    """Print us per gather of 2 x 256 rows and per sample(256) of Humanoid-v3, storages by turns."""
     torch.set_num_threads(threads)
     env, device = envs.make("Humanoid-v3"), torch.device("cpu")
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
-    obs = np.random.default_rng(1).uniform(-10, 10, (FILLED // 20, obs_dim))
+    rng = np.random.default_rng(1)
+    obs = rng.uniform(-10, 10, (FILLED // 20, obs_dim))
     buffers, took = {}, defaultdict(list)
-    for codec in (Float(), FixedPoint(2)):
+    for codec in (Float(), FixedPoint(2), Packed(2), FixedPoint(1), Packed(1)):
         buffer = ReplayBuffer(codec, 1_000_000, 1, obs_dim, act_dim, device, seed=1)
         # What 200,000 calls of `add` would leave behind: one episode, its head open.
-        for part in buffer.obs[:FILLED].split(len(obs)):
-            part[:] = codec.encode(obs)
+        for part in buffer.obs.array[:FILLED].split(len(obs)):
+            part[:] = codec.pack(codec.encode(obs))
         buffer.actions[:FILLED], buffer.rewards[:FILLED], buffer.terminated[:FILLED] = 1, 1, False
         buffer.is_start[: FILLED - 1] = True
         buffer.head[:], buffer.fill[:], buffer.size = FILLED - 1, FILLED, FILLED - 1
         buffers[codec.name] = buffer
     for _ in range(samples):
+        index = torch.from_numpy(rng.integers(FILLED, size=512))
         for name, buffer in buffers.items():
             start = time.perf_counter()
+            buffer.obs.get(index)
+            middle = time.perf_counter()
             buffer.sample(256)
-            took[name].append(1e6 * (time.perf_counter() - start))
-    print(f"\nbuffers: sample(256) of 1,000,000 Humanoid-v3 rows, {FILLED:,} of them filled")
+            took[name].append((1e6 * (middle - start), 1e6 * (time.perf_counter() - middle)))
+    print(f"\nbuffers of 1,000,000 Humanoid-v3 rows, {FILLED:,} of them filled, medians in us")
     for name, buffer in buffers.items():
-        print(f"{name:<18} {median(took[name]):8.1f} us  {buffer.nbytes:>13,} bytes")
+        gather, sample = (median(times) for times in zip(*took[name], strict=True))
+        print(
+            f"{name:<27} 2 x 256 rows decoded {gather:6.1f}, sample(256) {sample:6.1f}, "
+            f"{buffer.nbytes:>13,} bytes"
+        )
 
 
 class Parser(argparse.ArgumentParser):

@@ -66,6 +66,20 @@ BAD = [
     ({"seed": -1}, "--seed -1"),
     ({"gamma": 1.5}, "--gamma 1.5"),
     ({"learning_rate": float("nan")}, "--learning-rate nan"),
+    ({"pack": True}, "--pack"),
+    ({"pack": True, "storage": "float16"}, "--pack"),
+    ({"pack": True, "quant_m": 2, "storage": "float16"}, "--storage float16"),
+]
+WHOLE = {"buffer_size": sac.Args.buffer_size}  # not told
+BAD_BUDGETS = [  # of sac.py
+    ({"memory_budget": "1GB"}, "drop --buffer-size"),
+    ({"memory_budget": "1GB", "drop_constant": True, **WHOLE}, "--drop-constant"),
+    ({"memory_budget": "5kB", **WHOLE}, "the least is "),
+    ({"memory_budget": "500 TB", **WHOLE}, "are free"),
+    *(
+        ({"memory_budget": text, **WHOLE}, repr(text))
+        for text in ("", "lots", "0", "0MB", "-5MB", "1XB", "1e9", "nan", "inf", "1/2GB", "1 2MB")
+    ),
 ]
 
 
@@ -100,8 +114,11 @@ def odd_environments():
         del gym.registry[f"test/{name}-v0"]
 
 
-@both
-@pytest.mark.parametrize(("changes", "said"), BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [(name, *bad) for name in SCRIPTS for bad in BAD] + [("sac", *bad) for bad in BAD_BUDGETS],
+    ids=lambda value: str(value)[:40],
+)
 def test_bad_input_is_one_line_and_creates_nothing(name, changes, said, tmp_path, capfd):
     with pytest.raises(SystemExit) as error:
         SCRIPTS[name].main(tiny(name, tmp_path, **{"run_dir": str(tmp_path / "runs"), **changes}))
@@ -127,6 +144,22 @@ def test_a_buffer_beyond_free_memory_is_refused_with_what_would_fit(
     assert message.count("\n") == 1 and fits < 500
     changes = {flag.replace("-", "_"): fits, "batch_size": min(16, fits)}
     SCRIPTS[name].main(tiny(name, tmp_path / "runs", total_timesteps=10, hidden=2, **changes))
+
+
+def test_the_least_budget_that_a_refusal_names_is_enough_and_a_byte_less_is_not(tmp_path, capfd):
+    def run(budget: int) -> dict:
+        return sac.main(tiny("sac", tmp_path / "runs", memory_budget=str(budget), **WHOLE))
+
+    with pytest.raises(SystemExit):
+        run(5_000)
+    message = capfd.readouterr().err
+    least, rows = map(
+        int, re.search(r"least is (\d+) bytes, for --buffer-size (\d+)", message).groups()
+    )
+    with pytest.raises(SystemExit):
+        run(least - 1)
+    assert not list(tmp_path.iterdir())
+    assert run(least)["buffer"].rows == rows + 1 == TINY["sac"]["batch_size"] + 1
 
 
 @both
@@ -219,6 +252,7 @@ def test_a_run_prints_its_footprint_first_and_leaves_result_and_logs(name, tmp_p
     assert set(result["versions"]) == {"torch", "gymnasium", "mujoco", "numpy"}
     assert result["return_last_tenth"] is None or result["return_last_tenth"] < 0
     assert result["peak_rss_bytes"] > 50e6 and result["ms_per_step"] > 0
+    assert 50e6 < result["rss_bytes"] < 1.01 * result["peak_rss_bytes"]  # the kernel counts loosely
     assert 5 < result["max_abs_obs"] <= 8.1  # Pendulum's angular velocity reaches 8
 
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
@@ -246,6 +280,53 @@ def test_clamping_is_reported_once_with_columns_and_a_bound(name, tmp_path, capf
     assert "columns [2]" in text  # the angular velocity; cosine and sine stay within 1
     assert 2 < int(re.search(r"a bound of (\d+) would", text)[1]) <= 8
     assert 0 < result["clip_fraction"] < 1
+
+
+class Spike(gym.Env):
+    """Zeros, but for column 2, which is -300.5 in the tenth step of an episode of 20."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        self.step_count = 0
+        return np.zeros(3), {}
+
+    def step(self, action):
+        self.step_count += 1
+        obs = np.array([0, 0, -300.5 * (self.step_count == 10)])
+        return obs, 1.0, False, self.step_count == 20, {}
+
+
+@both
+@pytest.mark.parametrize("pack", [False, True])
+def test_telemetry_counts_what_was_stored_and_what_was_clamped(
+    name, pack, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(envs, "make", lambda _: Spike())
+    monkeypatch.setattr(sac, "LOG_EVERY", 64)
+    args = tiny(name, tmp_path, quant_m=2, pack=pack, quant_act=pack, run_name="run")
+    args.total_timesteps = 128
+    result = SCRIPTS[name].main(args)["result"]
+    text = "".join(capfd.readouterr())
+
+    # At step t, SAC has stored t observations and the first ones of episodes; PPO what it acted on.
+    first = {"sac": lambda t: 1 + t // 20, "ppo": lambda t: 0}[name]
+    spikes = {64: 3, 128: 6}  # after steps 10, 30, 50, 70, 90, 110
+    expected = {t: count / (3 * (t + first(t))) for t, count in spikes.items()}
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0}).Reload()
+    fractions = {event.step: event.value for event in events.Scalars("quant/clip_fraction")}
+    assert fractions == pytest.approx(expected)
+    largest = {event.step: event.value for event in events.Scalars("quant/max_abs_obs")}
+    assert largest == {64: 300.5, 128: 300.5}
+    assert result["clip_fraction"] == pytest.approx(expected[128])
+    assert result["max_abs_obs"] == 300.5
+
+    assert text.count("warning: ") == 1
+    warning = re.search("warning: .*", text)[0]
+    assert "beyond +-127 " in warning
+    assert "in columns [2];" in warning
+    assert "a bound of 301 would hold them" in warning
 
 
 class Counting(gym.Env):

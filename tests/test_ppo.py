@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributions import Independent, Normal
 
+import envs
 import memory
 import ppo
 from ppo import ActorCritic, Args
+from quantize import Packed
 
 
 def tiny(tmp_path, **changes) -> Args:
@@ -26,18 +29,18 @@ def tiny(tmp_path, **changes) -> Args:
 # --- The maths -----------------------------------------------------------------------------------
 
 
-def random_rollout(steps: int, envs: int, seed: int):
+def random_rollout(steps: int, num_envs: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
-    rewards, values = (torch.randn(steps, envs, generator=generator) for _ in range(2))
-    ends = torch.rand(steps, envs, generator=generator) < 0.2
-    return rewards, values, ends, torch.randn(envs, generator=generator)
+    rewards, values = (torch.randn(steps, num_envs, generator=generator) for _ in range(2))
+    ends = torch.rand(steps, num_envs, generator=generator) < 0.2
+    return rewards, values, ends, torch.randn(num_envs, generator=generator)
 
 
 def naive_gae(rewards, values, ends, last_value, gamma, gae_lambda):
     """The defining sum: A_t = sum_k (gamma lambda)^k delta_{t+k}, up to the episode's end."""
-    steps, envs = rewards.shape
-    advantages = torch.zeros(steps, envs, dtype=torch.float64)
-    for n in range(envs):
+    steps, num_envs = rewards.shape
+    advantages = torch.zeros(steps, num_envs, dtype=torch.float64)
+    for n in range(num_envs):
         for t in range(steps):
             weight = 1.0
             for k in range(t, steps):
@@ -51,9 +54,9 @@ def naive_gae(rewards, values, ends, last_value, gamma, gae_lambda):
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.95, 1.0])
-@pytest.mark.parametrize("envs", [1, 3])
-def test_gae_equals_the_defining_sum(gae_lambda, envs):
-    rollout = random_rollout(40, envs, seed=envs)
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_gae_equals_the_defining_sum(gae_lambda, num_envs):
+    rollout = random_rollout(40, num_envs, seed=num_envs)
     advantages, returns = ppo.compute_gae(*rollout, 0.9, gae_lambda)
     expected = naive_gae(*rollout, 0.9, gae_lambda)
     torch.testing.assert_close(advantages.double(), expected, atol=1e-5, rtol=0)
@@ -314,3 +317,47 @@ def test_allocated_ledger_equals_the_tensors_of_a_run(tmp_path, changes):
     (state,) = trained["optimizer"].state.values()
     assert ledger["Adam moments"] == sum(t.nbytes for t in state.values())
     assert ledger["decoded batch"] == sum(t.nbytes for t in next(buffer.minibatches(32)))
+
+
+class Wide(gym.ObservationWrapper):
+    """Pendulum in 22 columns."""
+
+    def __init__(self):
+        super().__init__(gym.make("Pendulum-v1", max_episode_steps=50))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (22,), np.float64)
+
+    def observation(self, obs):
+        return np.outer(obs, range(1, 9)).flat[:22]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_envs"),
+    [({"quant_m": 1}, 1), ({"quant_m": 2}, 3), ({"quant_m": 3, "quant_act": True}, 1)],
+)
+def test_packing_changes_no_bit_of_a_run(tmp_path, monkeypatch, changes, num_envs):
+    monkeypatch.setattr(envs, "make", lambda _: Wide())
+    runs = []
+    for name, pack in (("plain", False), ("packed", True)):
+        args = tiny(tmp_path, n_steps=128, num_envs=num_envs, run_name=name, pack=pack, **changes)
+        args.eval_episodes, args.total_timesteps = 1, 2 * 128 * num_envs
+        trained = ppo.main(args)
+        (state,) = trained["optimizer"].state.values()
+        events = EventAccumulator(str(tmp_path / name), size_guidance={"scalars": 0}).Reload()
+        logged = {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if tag not in ("charts/SPS", "memory/buffer_bytes")
+        }
+        learned = [*trained["policy"].parameters(), *state.values()]
+        runs.append((trained, learned, logged, trained["result"]))
+    (plain, learned, logged, result), (packed, same_learned, same_logged, same_result) = runs
+    for one, other in zip(learned, same_learned, strict=True):
+        assert torch.equal(one, other)
+    assert same_logged == logged
+    assert len(logged["charts/episodic_return"]) == 5
+    for name in ("return_last_tenth", "evaluation", "clip_fraction", "max_abs_obs", "clamped"):
+        assert same_result[name] == result[name]
+    assert type(packed["buffer"].codec) is Packed
+    width, _ = packed["buffer"].codec.row(22)
+    saved = 128 * num_envs * (22 * plain["buffer"].codec.dtype.itemsize - 2 * width)
+    assert result["buffer_bytes"] - same_result["buffer_bytes"] == saved > 0

@@ -17,10 +17,13 @@ from quantize import (
     FixedPoint,
     Float,
     ObservationError,
+    Packed,
     bits,
     make_codec,
+    pack_bits,
     quantize,
     stored_bits,
+    unpack_bits,
 )
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
@@ -30,11 +33,11 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def fixed_point(m: int, b: float) -> FixedPoint:
+def fixed_point(m: int, b: float, make: type[FixedPoint] = FixedPoint) -> FixedPoint:
     """A FixedPoint without its warning about float32; `test_warns_*` look at that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return FixedPoint(m, b)
+        return make(m, b)
 
 
 def assert_same_bits(actual, expected) -> None:
@@ -210,7 +213,7 @@ def test_integer_input(dtype):
     assert codec.decode(codec.encode(obs)).tolist() == expected
 
 
-@pytest.mark.parametrize("codec", [FixedPoint(2), Float()], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("codec", [FixedPoint(2), Packed(2), Float()], ids=lambda codec: codec.name)
 def test_any_leading_shape_and_the_input_is_left_alone(codec):
     obs = np.linspace(-300, 300, 24).reshape(2, 3, 4)
     before = obs.copy()
@@ -354,7 +357,9 @@ def counts(clamp) -> tuple:
     return clamp.seen, clamp.clipped, clamp.max_abs, None if peak is None else peak.tolist()
 
 
-@pytest.mark.parametrize("make", [lambda: FixedPoint(2), Float, lambda: Float(torch.float16)])
+@pytest.mark.parametrize(
+    "make", [lambda: FixedPoint(2), lambda: Packed(2), Float, lambda: Float(torch.float16)]
+)
 @given(
     shape=hnp.array_shapes(min_dims=1, max_dims=2, min_side=1, max_side=12),
     bad=st.lists(
@@ -460,6 +465,194 @@ def test_float64_round_trip_is_float32_of_the_observation(obs):
     assert_same_bits(codec.decode(codec.encode(obs)), obs.astype(np.float32))
 
 
+# Packed: the codes of FixedPoint in as many bits as they need
+
+
+def plain_pack(codes: list[int], width: int) -> list[int]:
+    """`pack_bits` of one row, code by code, as words from 0 to 65535: the format in full."""
+    if width > 16:
+        high = [code >> 16 for code in codes]
+        return [code & 0xFFFF for code in codes] + plain_pack(high, width - 16)
+    n_words = -(-len(codes) * width // 16)
+    words = [code % 2**width << 16 - width for code in codes[:n_words]]
+    size = math.gcd(width, 16)
+    chunks = [c >> low & 2**size - 1 for low in range(0, width, size) for c in codes[n_words:]]
+    for place, chunk in enumerate(chunks):
+        words[place % n_words] |= chunk << size * (place // n_words)
+    return words
+
+
+@st.composite
+def packings(draw) -> tuple[int, np.ndarray]:
+    """Any width, and rows of any leading shape whose codes use all of it."""
+    width, n = draw(st.integers(1, 32)), draw(st.integers(0, 60))
+    lead = draw(hnp.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=3))
+    low, high = -(2 ** (width - 1)), 2 ** (width - 1) - 1
+    codes = st.integers(low, high) | st.sampled_from([low, high, 0, -1])
+    return width, draw(hnp.arrays(np.int32, (*lead, n), elements=codes))
+
+
+@settings(max_examples=200)
+@given(packings())
+@example((15, np.zeros((0, 20), np.int32)))
+def test_pack_bits_is_undone_and_takes_whole_words_at_most(packing):
+    width, codes = packing
+    n, before = codes.shape[-1], codes.copy()
+    words = torch.from_numpy(pack_bits(codes, width))
+    assert words.dtype == torch.int16
+    assert words.shape == (*codes.shape[:-1], math.ceil(Fraction(n * width, 16)))
+    stored = words.clone()
+    unpacked = unpack_bits(words, n, width)
+    np.testing.assert_array_equal(unpacked, before)
+    unpacked.fill_(1)
+    assert torch.equal(words, stored)  # what works in place works on copies
+    np.testing.assert_array_equal(codes, before)
+
+
+@settings(max_examples=200)
+@given(packings())
+@example((15, np.arange(-40, 40)[None]))
+@example((12, np.arange(-40, 40)[None]))
+@example((18, np.arange(-(2**17), 2**17, 2**12)[None]))
+def test_pack_bits_is_the_format_written_out(packing):
+    width, codes = packing
+    words = pack_bits(codes, width).view(np.uint16)
+    for place in np.ndindex(codes.shape[:-1]):
+        assert words[place].tolist() == plain_pack(codes[place].tolist(), width)
+
+
+@pytest.mark.parametrize(
+    ("width", "codes", "words"),
+    [
+        # The fourth code lies in the low digits of the others, its lowest digit first.
+        (12, [0x123, 0x456, 0x789, 0x2BC], [0x123C, 0x456B, 0x7892]),
+        (8, [0x12, 0x34, -1, 0x56, -2], [0x1256, 0x34FE, 0xFF00]),
+        (15, [0, 1, 2, -1], [0, 2, 4, 0xFFFE]),
+        (15, [3] * 15 + [5], [7, 6, 7] + [6] * 12),  # bits 0 and 2 of the sixteenth
+        # The low 16 bits of each, then the high bits as 2-bit codes: 01, 11, 10.
+        (18, [0x1ABCD, -1, -0x20000], [0xABCD, 0xFFFF, 0, 0x4000 | 0b11 | 0b10 << 2]),
+    ],
+)
+def test_pack_bits_hand_values(width, codes, words):
+    assert pack_bits(np.array(codes), width).view(np.uint16).tolist() == words
+    assert plain_pack(codes, width) == words
+
+
+@pytest.mark.parametrize("width", range(1, 33))
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33])
+def test_every_stored_bit_belongs_to_one_column_or_to_none(width, n):
+    """Flipped one by one: each column owns `width` bits, and what is left over is padding."""
+    codes = np.random.default_rng(width).integers(-(2 ** (width - 1)), 2 ** (width - 1), n)
+    words = pack_bits(codes, width)
+    flips = words ^ (1 << np.arange(16, dtype=np.int32)).astype(np.int16)[:, None, None] * np.eye(
+        len(words), dtype=np.int16
+    )
+    changed = unpack_bits(torch.from_numpy(flips), n, width).numpy() != codes
+    assert changed.sum(-1).max() == 1
+    assert changed.sum((0, 1)).tolist() == [width] * n
+
+
+@pytest.mark.parametrize(("m", "width"), [*enumerate([8, 12, 15, 18, 22, 25, 28])])
+def test_packed_stores_the_bits_that_eq_6_counts_at_b_127(m, width):
+    codec = fixed_point(m, 127, Packed)
+    assert codec.bits == bits(m, 127) == width
+    assert codec.name == f"packed {width}-bit (m={m}, b=127)"
+    assert codec.row(16) == (width, torch.int16)
+    assert codec.row(0) == (0, torch.int16)
+
+
+def packed_and_fixed_point_agree(packed: Packed, fixed: FixedPoint, obs: np.ndarray) -> None:
+    codes, n = packed.encode(obs), obs.shape[-1]
+    assert codes.dtype == fixed.dtype
+    assert torch.equal(codes, fixed.encode(obs))
+    rows = packed.pack(codes)
+    width, dtype = packed.row(n)
+    assert (rows.shape, rows.dtype) == ((*obs.shape[:-1], width), dtype)
+    unpacked = packed.unpack(rows, n)
+    assert unpacked.dtype == codes.dtype
+    assert torch.equal(unpacked, codes)
+    assert_same_bits(packed.decode(unpacked), fixed.decode(codes))
+
+
+@settings(max_examples=200)
+@given(formats(), st.integers(0, 60), st.data())
+def test_packed_is_lossless_in_stored_bits_for_any_m_and_b_and_any_columns(form, n, data):
+    m, b = form
+    packed = fixed_point(m, b, Packed)
+    assert packed.bits == stored_bits(m, b)
+    assert packed.row(n) == (math.ceil(Fraction(n * packed.bits, 16)), torch.int16)
+    lead = data.draw(st.sampled_from([(), (0,), (1,), (3,), (2, 2)]))
+    obs = data.draw(hnp.arrays(np.float64, (*lead, n), elements=values(m, b)))
+    packed_and_fixed_point_agree(packed, fixed_point(m, b), obs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [1, 17, 376])
+@pytest.mark.parametrize("m", range(4))
+def test_packed_holds_every_code_at_b_127(m, n, device):
+    """In every column, or for the 376 of a Humanoid in one at least."""
+    codec, limit = Packed(m), 127 * 10**m
+    codes = torch.arange(-limit, limit + 1, dtype=codec.dtype).repeat(2)
+    codes = codes.unfold(0, n, 1 if n < 376 else 188)
+    rows = codec.pack(codes)
+    assert rows.nbytes == len(codes) * 2 * -(-n * codec.bits // 16)
+    assert torch.equal(codec.unpack(rows.to(device), n).cpu(), codes)
+
+
+@pytest.mark.parametrize("m", range(4))
+@given(data=st.data())
+def test_packed_keeps_the_extremes_beside_each_other(m, data):
+    """Every sign bit next to every other."""
+    codec, limit = Packed(m), 127 * 10**m
+    extremes = st.sampled_from([limit, -limit, 0, -1, 1])
+    codes = torch.tensor(data.draw(st.lists(extremes, max_size=40)), dtype=codec.dtype)
+    assert torch.equal(codec.unpack(codec.pack(codes), len(codes)), codes)
+
+
+@pytest.mark.parametrize("m", range(4))
+@given(data=st.data())
+def test_packed_column_changes_alone(m, data):
+    codec, limit, n = Packed(m), 127 * 10**m, data.draw(st.integers(1, 40))
+    code = st.integers(-limit, limit)
+    before = torch.tensor(data.draw(st.lists(code, min_size=n, max_size=n)), dtype=codec.dtype)
+    after, column = before.clone(), data.draw(st.integers(0, n - 1))
+    after[column] = data.draw(code)
+    unpacked = [codec.unpack(codec.pack(codes), n) for codes in (before, after)]
+    assert torch.equal(unpacked[0], before)
+    assert torch.equal(unpacked[1], after)
+
+
+@pytest.mark.parametrize("m", range(4))
+def test_packed_takes_and_gives_rows_in_any_memory_layout(m):
+    """As buffers do: columns picked by an index, rows taken from the middle of an array."""
+    codec, rng = Packed(m), np.random.default_rng(m)
+    codes = rng.integers(-127 * 10**m, 127 * 10**m + 1, (30, 20))
+    codes = torch.from_numpy(codes).to(codec.dtype)
+    picked = torch.from_numpy(codes.numpy()[..., np.array([17, 3, 4, 5, 0, 19, 1])])
+    for view in (codes.T, codes[::3, ::2], picked):
+        rows = codec.pack(view)
+        assert torch.equal(codec.unpack(rows, view.shape[1]), view)
+        wide = torch.full((len(rows), 3, rows.shape[1] + 2), -1, dtype=torch.int16)
+        wide[:, 1, 1:-1] = rows
+        assert torch.equal(codec.unpack(wide[:, 1, 1:-1], view.shape[1]), view)
+
+
+@pytest.mark.parametrize("codec", [FixedPoint(2), *map(Float, STORAGE_DTYPES.values())])
+def test_rows_of_the_others_are_their_codes(codec):
+    codes = codec.encode(np.linspace(-3, 3, 14).reshape(2, 7))
+    assert codec.row(7) == (7, codec.dtype)
+    assert codec.pack(codes) is codes
+    assert codec.unpack(codes, 7) is codes
+
+
+@pytest.mark.parametrize(("m", "b"), [(-1, 127), (2, 0.5), (2, math.nan), (7, 300)])
+def test_packed_refuses_what_fixed_point_refuses(m, b):
+    with pytest.raises(ValueError, match="--quant") as refused:
+        Packed(m, b)
+    with pytest.raises(ValueError, match=re.escape(str(refused.value))):
+        FixedPoint(m, b)
+
+
 # make_codec
 
 
@@ -480,3 +673,18 @@ def test_make_codec_with_m_is_fixed_point():
 def test_make_codec_refuses_both(m):
     with pytest.raises(ValueError, match=f"--quant-m {m} and --storage float16 exclude each other"):
         make_codec(m, 127, "float16")
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_make_codec_packs_where_it_is_told(pack):
+    codec = make_codec(2, 50, None, pack)
+    assert type(codec) is (Packed if pack else FixedPoint)
+    assert (codec.m, codec.b) == (2, 50)
+
+
+@pytest.mark.parametrize("storage", [None, "float16"])
+def test_make_codec_refuses_to_pack_floats(storage):
+    with pytest.raises(ValueError, match=r"--pack .* does nothing without --quant-m"):
+        make_codec(None, 127, storage, pack=True)
+    with pytest.raises(ValueError, match="--storage float16 exclude each other"):
+        make_codec(2, 127, "float16", pack=True)

@@ -2,16 +2,22 @@
 
 import copy
 import math
+import re
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
+import envs
 import memory
 import sac
+from columns import LiveColumns, Rows
+from quantize import Packed
 from sac import Actor, Args, TwinCritic
 
 
@@ -335,6 +341,135 @@ def test_allocated_ledger_equals_the_tensors_of_a_run(tmp_path, changes):
     assert ledger["gradients"] == size(p.grad for p in parameters)
     assert ledger["Adam moments"] == size(t for state in states for t in state.values())
     assert ledger["decoded batch"] == size(buffer.sample(16))
+
+
+# --- What saves memory and changes nothing else --------------------------------------------------
+
+
+class Wide(gym.ObservationWrapper):
+    """Pendulum in 22 columns: 16 live ones, 4 constants, and 2 that change late, and for good."""
+
+    def __init__(self):
+        super().__init__(gym.make("Pendulum-v1", max_episode_steps=50))
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (22,), np.float64)
+        self.steps = 0
+
+    def observation(self, obs):
+        self.steps += 1
+        late = [self.steps > 60, self.steps > 130]
+        return np.concatenate([np.outer(obs, range(1, 7)).flat[:16], [0.5, 0, -3, 126], late])
+
+
+def lossless_run(tmp_path, monkeypatch, **changes) -> tuple[dict, list[torch.Tensor], dict]:
+    """A short run that wraps its buffer: what it returns, what it learned and what it logged."""
+    monkeypatch.setattr(envs, "make", lambda _: Wide())
+    monkeypatch.setattr(LiveColumns, "WATCHED", 30)
+    monkeypatch.setattr(sac, "LOG_EVERY", 50)
+    defaults = {"total_timesteps": 450, "train_freq": 3, "buffer_size": 250, "eval_episodes": 1}
+    trained = sac.main(tiny(tmp_path, **defaults, **changes))
+    (run_dir,) = tmp_path.iterdir()
+    learned = [trained["log_alpha"]]
+    for name in ("actor", "critic", "target"):
+        learned += trained[name].parameters()
+    for optimizer in trained["optimizers"]:
+        learned += [value for state in optimizer.state.values() for value in state.values()]
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    logged = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag not in ("charts/SPS", "memory/buffer_bytes")
+    }
+    return trained, learned, logged
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_envs"),
+    [
+        ({"quant_m": 2}, 1),
+        ({"quant_m": 2}, 3),
+        ({"quant_m": 1, "quant_act": True}, 3),
+        ({"storage": "float32"}, 3),
+    ],
+)
+def test_packing_and_dropping_change_no_bit_of_a_run(tmp_path, monkeypatch, changes, num_envs):
+    def run(**flags):
+        folder = tmp_path / "-".join(flags or ["plain"])
+        folder.mkdir()
+        return lossless_run(folder, monkeypatch, num_envs=num_envs, **changes, **flags)
+
+    plain, learned, logged = run()
+    assert type(plain["buffer"].obs) is Rows
+    assert len(logged["charts/episodic_return"]) == 450 // num_envs // 50
+    assert len(logged["losses/qf_loss"]) >= 7
+    drop, pack = {"drop_constant": True}, {"pack": True}
+    for flags in (drop, pack, drop | pack) if "quant_m" in changes else (drop,):
+        trained, same_learned, same_logged = run(**flags)
+        for one, other in zip(learned, same_learned, strict=True):
+            assert torch.equal(one, other)
+        assert same_logged == logged
+        for name in ("return_last_tenth", "evaluation", "clip_fraction", "max_abs_obs", "clamped"):
+            assert trained["result"][name] == plain["result"][name]
+        assert trained["buffer"].nbytes == trained["result"]["buffer_bytes"]
+        assert trained["buffer"].nbytes < plain["buffer"].nbytes
+        assert isinstance(trained["buffer"].codec, Packed) == ("pack" in flags)
+        if "drop_constant" in flags:
+            kept = trained["buffer"].obs
+            assert np.flatnonzero(~kept.live).tolist() == [16, 17, 18, 19]
+            assert len(kept.blocks) == 3
+
+
+def test_a_buffer_that_drops_columns_says_so_whenever_its_bytes_change(
+    tmp_path, monkeypatch, capfd
+):
+    lossless_run(tmp_path / "plain", monkeypatch, quant_m=2)
+    assert "columns have changed" not in capfd.readouterr().out
+    trained, _, _ = lossless_run(tmp_path / "drop", monkeypatch, quant_m=2, drop_constant=True)
+    out = capfd.readouterr().out
+    lines = re.findall(
+        r"memory: (\d+) of 22 columns have changed; the buffer takes ([\d.]+) MB", out
+    )
+    assert [int(live) for live, _ in lines] == [16, 17, 18]
+    assert lines[-1][1] == memory.mb(trained["buffer"].nbytes)
+
+
+# --- A budget ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_envs"), [({}, 1), ({"quant_m": 2}, 1), ({"quant_m": 2, "pack": True}, 3)]
+)
+def test_a_budget_sizes_the_buffer_to_what_is_left_of_it(tmp_path, changes, num_envs):
+    """All tensors of the run add up to the budget, but for less than a row of each env."""
+    args = tiny(tmp_path, num_envs=num_envs, **changes)
+    args.buffer_size, args.memory_budget = Args.buffer_size, "0.25MB"
+    trained = sac.main(args)
+    buffer, target = trained["buffer"], [*trained["target"].parameters()]
+    parameters = [*trained["actor"].parameters(), *trained["critic"].parameters()]
+    parameters.append(trained["log_alpha"])
+    tensors = [*parameters, *(p.grad for p in parameters), *target, *buffer.sample(16)]
+    for optimizer in trained["optimizers"]:
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    whole = buffer.nbytes + sum(tensor.nbytes for tensor in tensors)
+    width, dtype = buffer.codec.row(3)
+    row = width * dtype.itemsize + 4 + 4 + 2  # observation, action, reward, flags
+    assert 250_000 - num_envs * row < whole <= 250_000
+
+    args.memory_budget = None  # and the size is all that it decides
+    args.buffer_size = num_envs * (buffer.rows - 1)
+    again = sac.main(args)
+    assert again["buffer"].nbytes == buffer.nbytes
+    for one, other in zip(trained["actor"].parameters(), again["actor"].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_budget_is_taken_at_once(tmp_path):
+    before = memory.resident()
+    args = tiny(tmp_path, buffer_size=Args.buffer_size, memory_budget="160 MB", quant_m=3)
+    trained = sac.main(args)
+    rss = trained["result"]["rss_bytes"]
+    # Not 160: small arrays may lie where the process had memory before.
+    large = [a.nbytes for a in (trained["buffer"].obs.array, trained["buffer"].actions)]
+    assert rss - before > 0.95 * sum(large) > 100e6
 
 
 def test_learns_pendulum_from_quantised_observations(tmp_path):

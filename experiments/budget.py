@@ -1,0 +1,109 @@
+"""A buffer of a million Humanoid-v3 rows inside a hard limit of 1.2 GB on the whole process.
+
+    python experiments/budget.py                  # packed, whole int16 and float64, one by one
+    python experiments/budget.py --limit 1GB --steps 2000
+
+Each storage is a run of `sac.py` whose buffer is resident from the start (--memory-budget). The
+kernel enforces the limit: a memory cgroup of its own (v2 or v1, wants root), which kills a process
+that goes beyond it, else RLIMIT_DATA, which refuses it more private memory. RLIMIT_AS would not do:
+torch reserves far more address space than it uses.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import memory
+from quantize import Codec, FixedPoint, Float, Packed
+
+STORAGES = (Packed(2), FixedPoint(2), Float())
+HUMANOID = {"obs_dim": 376, "act_dim": 17, "hidden": 64, "num_envs": 1, "batch_size": 256}
+COLUMNS = ["storage", "limit", "enforced by", "allocated", "outcome", "peak resident", "said"]
+
+
+def make_cgroup(limit: int) -> Path | None:
+    """A memory cgroup below this process's own, limited to that many bytes; None if not allowed."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            mount, knob = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        elif not controllers:
+            mount, knob = Path("/sys/fs/cgroup"), "memory.max"
+        else:
+            continue
+        group = mount / path.lstrip("/") / f"just-round-{os.getpid()}"
+        with suppress(OSError):
+            group.mkdir()
+            if (group / knob).exists():  # else the memory controller is in the other hierarchy
+                (group / knob).write_text(str(limit))
+                return group
+            group.rmdir()
+    return None
+
+
+@contextmanager
+def limited(limit: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What enforces the limit in bytes, and what a child calls to come under it."""
+    if group := make_cgroup(limit):
+        yield "cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+    elif sys.platform == "linux":
+        rlimits = (limit, resource.getrlimit(resource.RLIMIT_DATA)[1])
+        yield "RLIMIT_DATA", lambda: resource.setrlimit(resource.RLIMIT_DATA, rlimits)
+    else:
+        raise ValueError("no cgroup and no RLIMIT_DATA to enforce a limit with; Linux has both")
+
+
+def run(codec: Codec, limit: int, args: argparse.Namespace) -> list:
+    """Train under the limit: COLUMNS from "enforced by" on."""
+    ledger = memory.allocated_sac(codec, **HUMANOID, buffer_size=args.rows)
+    allocated = sum(ledger.values())
+    command = [sys.executable, ROOT / "sac.py", "--env", "Humanoid-v3"]
+    command += memory.codec_flags(codec).split()
+    command += ["--memory-budget", str(allocated), "--total-timesteps", str(args.steps)]
+    command += ["--device", "cpu", "--eval-episodes", "0", "--run-name", "run"]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    with limited(limit) as (enforced_by, come_under), tempfile.TemporaryDirectory() as folder:
+        command += ["--run-dir", folder]
+        child = subprocess.run(command, preexec_fn=come_under, check=False, **options)
+        if child.returncode == 0:
+            result = json.loads(Path(folder, "run", "result.json").read_text())
+            assert result["buffer_bytes"] == ledger["buffer observations"] + ledger["buffer rest"]
+            return [enforced_by, allocated, "trained", result["peak_rss_bytes"], ""]
+    outcome = {-9: "killed", 2: "refused"}.get(child.returncode, f"exit code {child.returncode}")
+    return [enforced_by, allocated, outcome, "", (child.stderr.splitlines() or [""])[-1]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every storage, print a line for each and write --out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", default="1.2GB", help="on each whole process")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of the buffer")
+    parser.add_argument("--steps", type=int, default=3000, help="to train for")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/budget.csv")
+    args = parser.parse_args(argv)
+    rows = [COLUMNS]
+    try:
+        limit = memory.parse_bytes(args.limit)
+        for codec in STORAGES:
+            rows.append([codec.name, limit, *run(codec, limit, args)])
+            print(", ".join(f"{head}: {x}" for head, x in zip(COLUMNS, rows[-1], strict=True)))
+    except ValueError as error:
+        parser.exit(2, f"budget.py: error: {error}\n")
+    with open(args.out, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""experiments/budget.py: small buffers under real limits, by whatever may enforce them here."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+import budget
+
+ROWS = 200_000  # 156 MB packed, 617 MB in float64, beside some 0.37 GB for the libraries
+
+
+@pytest.mark.parametrize("may_make_cgroups", [True, False])
+def test_packed_trains_where_float64_is_refused(tmp_path, monkeypatch, may_make_cgroups):
+    monkeypatch.setattr(budget, "STORAGES", (budget.Packed(2), budget.Float()))
+    if not may_make_cgroups:
+        monkeypatch.setattr(budget, "make_cgroup", lambda limit: None)
+    out = tmp_path / "budget.csv"
+    budget.main(
+        ["--limit", "600MB", "--rows", str(ROWS), "--steps", "300", "--out", str(out)]
+    )  # fmt: skip
+    packed, float64 = csv.DictReader(out.open())
+    if not may_make_cgroups:
+        assert packed["enforced by"] == float64["enforced by"] == "RLIMIT_DATA"
+    assert packed["outcome"] == "trained"
+    assert int(packed["allocated"]) < int(packed["peak resident"]) < 600e6
+    assert float64["outcome"] == "refused" and "MB are free" in float64["said"]
+
+
+def test_a_bad_limit_is_one_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        budget.main(["--limit", "much"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
