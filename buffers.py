@@ -243,7 +243,10 @@ class ReplayBuffer:
         return self.obs.nbytes + sum(getattr(self, name).nbytes for name in self.layout)
 
     def touch(self) -> None:
-        """Make every page resident now: a lack of memory shows at the start, not hours later."""
+        """Make every page resident now: a lack of memory shows at the start, not hours later.
+
+        Not with drop_constant, whose arrays grow with the data.
+        """
         for array in (self.obs.array, *(getattr(self, name) for name in self.layout)):
             flat = torch.as_tensor(array).view(-1).view(torch.uint8)
             flat[:: resource.getpagesize()] |= 0

@@ -86,7 +86,7 @@ def make(env_id: str) -> gym.Env:
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         others = dict.fromkeys(name for name in [*V3_TASKS, *gym.registry] if name != env_id)
         close = difflib.get_close_matches(env_id, others, n=3, cutoff=0.4) or list(V3_TASKS)
-        if env_id in gym.registry:
+        if env_id in gym.registry or isinstance(error, ModuleNotFoundError):
             why = str(error).splitlines()[0]
             raise ValueError(f"cannot make '{env_id}': {why}; try {', '.join(close)}") from error
         raise ValueError(f"unknown --env '{env_id}'; closest: {', '.join(close)}") from error

@@ -288,6 +288,14 @@ def parse_bytes(text: str) -> int:
     raise ValueError(f"{text!r} is no amount of memory; 750MB, 1.2GB, 700MiB and 123456 are")
 
 
+def peak_resident() -> int:
+    """Most bytes that have been resident in this process."""
+    # Not getrusage's ru_maxrss where it can be helped: a process inherits that from its parent.
+    if found := re.search(r"VmHWM:\s+(\d+) kB", _text(Path("/proc/self/status"))):
+        return 1024 * int(found[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def resident() -> int:
     """Bytes of this process that are in memory now."""
     return psutil.Process().memory_info().rss
@@ -309,8 +317,8 @@ def largest(algo: str, codec: Codec, budget: int, **sizes: int) -> int:
     if n < least:
         needed = total(allocated(codec, **sizes, **{knob: least}))
         raise ValueError(
-            f"a budget of {mb(budget)} MB holds no batch; the least is {needed} bytes, for "
-            f"{_flag(knob)} {least}"
+            f"a budget of {budget:,} bytes holds no batch; the least is {needed} bytes, "
+            f"for {_flag(knob)} {least}"
         )
     return n
 
@@ -338,7 +346,7 @@ def codec_flags(codec: Codec, bound: bool = False) -> str:
         return "" if codec.dtype == torch.float64 else f"--storage {codec.name}"
     flags = [f"--quant-m {codec.m}"]
     if bound or codec.b != PAPER_B:
-        flags.append(f"--quant-b {codec.b}")
+        flags.append(f"--quant-b {codec.b:.10g}")
     return " ".join(flags + ["--pack"] * isinstance(codec, Packed))
 
 
@@ -390,7 +398,11 @@ def plan(
     if not drop_constant:
         check_fits(allocated, codec, free, **sizes)
         return footprint(allocated(codec, **sizes), baseline)
-    check_fits(allocated, codec, free, **sizes, live_columns=0)
+    if (least := total(allocated(codec, **sizes, live_columns=0))) > free:
+        raise ValueError(
+            f"even if no column ever changes this run needs {mb(least)} MB of memory, and "
+            f"{mb(free)} MB are free; a smaller --buffer-size takes less"
+        )
     bound = dropping_at_most(codec, **sizes)
     line = f"{footprint(bound, baseline)}; with --drop-constant that is the most it can take"
     return line + f", and only {mb(free)} MB are free" * (total(bound) > free)
@@ -500,6 +512,8 @@ def paper_report() -> dict:
 
 @dataclass
 class Args:
+    """What models and buffers of a robot cost in memory; without one, the paper's own tables."""
+
     env: str | None = None
     """Gymnasium id that gives dimensions and control rate. Without any robot: the paper's four."""
     obs_dim: int | None = None
@@ -704,7 +718,7 @@ def budget_report(args: Args) -> dict:
     obs_dim, act_dim, _ = find_robot(args)
     defaults = dict(num_envs=1, hidden=64, batch_size=PAPER_BATCH[algo])  # of the scripts
     chosen = {name: getattr(args, name) or default for name, default in defaults.items()}
-    words = [f"python {algo}.py", *([f"--env {args.env}"] if args.env else [])]
+    words = [f"python {algo}.py", f"--env {args.env or 'YOUR-ENV'}"]
     words += [f"{_flag(name)} {n}" for name, n in chosen.items() if n != defaults[name]]
     sizes = dict(obs_dim=obs_dim, act_dim=act_dim, **chosen)
     rows = []
@@ -720,6 +734,8 @@ def budget_report(args: Args) -> dict:
             n, command = 0, "does not fit"
         stored = {"storage": codec.name, "bits": codec.bits, "columns": columns}
         rows.append(stored | {knob: n, "command": command})
+    if not any(row[knob] for row in rows):
+        raise ValueError(f"--budget {args.budget}: {budget:,} bytes hold no batch in any storage")
     note = (
         f"{mb(budget)} MB for buffer, networks, gradients, Adam and one batch; the interpreter and "
         "its libraries\ncome on top, about 370 MB: see --measure. "
@@ -749,7 +765,8 @@ def layouts_report(args: Args) -> dict:
         n = row_bytes(codec, obs_dim if live is None else live)
         note = "one copy" if live is None else f"one copy, {live} columns"
         buffer = ledger["buffer observations"], ledger["buffer rest"]
-        layouts.append((f"ours: {codec.name}", n, *buffer, note))
+        flag = "" if live is None else ", --drop-constant"
+        layouts.append((f"ours: {codec.name}{flag}", n, *buffer, note))
     stock, rows = sum(layouts[0][2:4]), []
     for name, n, obs, rest, note in layouts:
         row = {"layout": name, "bytes per observation": n, "observations": obs, "rest": rest}

@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -66,7 +65,7 @@ class Args:
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
     """dtype in which the baseline stores observations; None is float64, the paper's"""
     pack: bool = False
-    """store the codes of --quant-m bit by bit, 12 or 15 bits a value in place of 16"""
+    """store the codes of --quant-m in the bits they need: 8, 12, 15, 18 for m = 0, 1, 2, 3"""
     quant_act: bool = False
     """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
     seed: int = 1
@@ -313,8 +312,8 @@ def print_summary(result: dict, run_dir: Path) -> None:
     if evaluation:
         print(f"mean return of {len(evaluation)} deterministic episodes: {np.mean(evaluation):.1f}")
     print(
-        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB, "
-        f"whole process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
+        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB "
+        f"when full, whole process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
         f"max |obs| {result['max_abs_obs']:.4g}\n"
         f"{result['clamped'] or 'no value was clamped'}\nwrote {run_dir / 'result.json'}"
     )
@@ -456,7 +455,7 @@ def main(args: Args) -> dict:
         "storage": codec.name,
         "buffer_bytes": buffer.nbytes,
         "rss_bytes": memory.resident(),
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_rss_bytes": memory.peak_resident(),
         "clip_fraction": codec.clamp.fraction,
         "max_abs_obs": codec.clamp.max_abs,
         "clamped": codec.clamp.report(),
@@ -481,4 +480,4 @@ if __name__ == "__main__":
     except ObservationError as error:
         sys.exit(f"ppo.py: error: {args.env} returned {error}")
     except MemoryError as error:  # memory that was free when `prepare` looked
-        sys.exit(f"ppo.py: error: {error}; a smaller --n-steps, or --pack, takes less")
+        sys.exit(f"ppo.py: error: out of memory: {error}; see `python memory.py --budget`")

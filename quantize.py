@@ -275,8 +275,9 @@ def pack_bits(codes: np.ndarray, width: int) -> np.ndarray:
 
     With W words the first W codes take the high bits of a word each. The others are cut into chunks
     for the words' spare low bits: at 15 bits, 15 words hold their own code and one bit each of a
-    sixteenth. Beyond 16 bits every code has a word for its low 16 bits, and behind those words the
-    high bits are packed as codes of their own.
+    sixteenth; at 12 bits, of 4 bits a letter, the words AAAd BBBd CCCd hold a fourth code ddd.
+    Beyond 16 bits every code has a word for its low 16 bits, and behind those words the high bits
+    are packed as codes of their own.
     """
     codes = codes.astype(np.int32)
     if width > 16:

@@ -87,12 +87,20 @@ test)
     .venv/bin/python -m pytest "${@:2}"
     ;;
 reproduce)
-    [ ! -e runs/learning ] || { echo "run.sh: runs/learning exists; move it away first" >&2; exit 2; }
+    for folder in runs/learning runs/ablation runs/states; do
+        [ ! -e $folder ] || { echo "run.sh: $folder exists; move it away first" >&2; exit 2; }
+    done
     setup .venv requirements.txt
     setup .venv-bench requirements-bench.txt
     export OMP_NUM_THREADS=1 # two runs side by side
     learning_runs | xargs -P 2 -I{} sh -c '.venv/bin/python {} --run-dir runs/learning'
     reference_runs | xargs -P 2 -I{} sh -c '.venv-bench/bin/python {} --run-dir runs/learning'
+    ablation_runs | xargs -P 2 -I{} sh -c '.venv/bin/python {} --run-dir runs/ablation'
+    .venv/bin/python experiments/ablation.py states --out runs/states
+    .venv/bin/python experiments/ablation.py errors --states runs/states
+    .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 Walker2d-v3 --rounds 3 --steps 1000
+    .venv/bin/python experiments/plot.py collect runs/ablation --out experiments/results/ablation
+    .venv/bin/python experiments/budget.py
     unset OMP_NUM_THREADS
     .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
     .venv/bin/python experiments/plot.py draw --results experiments/results

@@ -26,7 +26,6 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -66,13 +65,13 @@ class Args:
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
     """dtype in which the baseline stores observations; None is float64, the paper's"""
     pack: bool = False
-    """store the codes of --quant-m bit by bit, 12 or 15 bits a value in place of 16"""
+    """store the codes of --quant-m in the bits they need: 8, 12, 15, 18 for m = 0, 1, 2, 3"""
     quant_act: bool = False
     """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
     drop_constant: bool = False
     """store a column of the observation only from its first change on"""
     memory_budget: str | None = None
-    """size the buffer, and with it networks and batch, to this, e.g. 750MB, and take it at once"""
+    """bytes for buffer, networks and batch, e.g. 750MB: the buffer takes what is left, at once"""
     seed: int = 1
     """random seed of networks, environments, exploration and sampling"""
     total_timesteps: int = 1_000_000
@@ -200,7 +199,12 @@ def prepare(args: Args) -> tuple:
         if args.memory_budget is None:
             sizes["buffer_size"] = args.buffer_size
         else:
-            budget = memory.parse_bytes(args.memory_budget)
+            budget, free = memory.parse_bytes(args.memory_budget), memory.free_memory(device)
+            if budget > free:
+                raise ValueError(
+                    f"--memory-budget {args.memory_budget} is more than the {memory.mb(free)} MB "
+                    "of memory that are free"
+                )
             sizes["buffer_size"] = memory.largest("sac", codec, budget, **sizes, **networks)
         footprint = memory.plan(  # refuses what cannot fit
             "sac", codec, device, **sizes, **networks, drop_constant=args.drop_constant
@@ -210,6 +214,11 @@ def prepare(args: Args) -> tuple:
         print(f"sac.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{run_dir} on {device}, observations stored as {codec.name}\n{footprint}")
+    if args.memory_budget is not None:
+        print(
+            f"--memory-budget {args.memory_budget} holds {sizes['buffer_size']:,} rows; Python and "
+            "its libraries take about 370 MB beside it"
+        )
     return device, codec, envs, sizes, run_dir
 
 
@@ -339,8 +348,8 @@ def print_summary(result: dict, run_dir: Path) -> None:
     if evaluation:
         print(f"mean return of {len(evaluation)} deterministic episodes: {np.mean(evaluation):.1f}")
     print(
-        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB, "
-        f"whole process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
+        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB "
+        f"when full, whole process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
         f"max |obs| {result['max_abs_obs']:.4g}\n"
         f"{result['clamped'] or 'no value was clamped'}\nwrote {run_dir / 'result.json'}"
     )
@@ -505,13 +514,13 @@ def main(args: Args) -> dict:
         "storage": codec.name,
         "buffer_bytes": buffer.nbytes,
         "rss_bytes": memory.resident(),
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_rss_bytes": memory.peak_resident(),
         "clip_fraction": codec.clamp.fraction,
         "max_abs_obs": codec.clamp.max_abs,
         "clamped": codec.clamp.report(),
         "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
         "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
-        "args": asdict(args),
+        "args": asdict(args) | {"buffer_size": sizes["buffer_size"]},
         "versions": {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)},
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
@@ -537,4 +546,4 @@ if __name__ == "__main__":
     except ObservationError as error:
         sys.exit(f"sac.py: error: {args.env} returned {error}")
     except MemoryError as error:  # memory that was free when `prepare` looked
-        sys.exit(f"sac.py: error: {error}; a smaller --buffer-size, or --pack, takes less")
+        sys.exit(f"sac.py: error: out of memory: {error}; see `python memory.py --budget`")

@@ -28,6 +28,8 @@ FINE, ENOUGH = 0.1, 0.8
 
 @dataclass
 class Args:
+    """Look at a robot's observations and recommend decimals m and bound b for storing them."""
+
     env: str = "Humanoid-v3"
     """Gymnasium id of the robot."""
     steps: int = 20_000
@@ -290,6 +292,8 @@ def print_advice(
         rows.append({"to run (or ppo.py)": command, "clamped": percent(clamped), **cells})
     print()
     print_table([[*rows[0]], *([*cells.values()] for cells in rows)])
+    if constant := sum(c.low == c.high for c in columns):
+        print(f"{constant} columns never changed; sac.py --drop-constant does not store these.")
     print("Random actions do not reach all that a trained policy does, nor does a single seed.")
     print("Training warns when it clamps.")
 

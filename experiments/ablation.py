@@ -1,7 +1,7 @@
 """Storages side by side: bytes, rounding error, collisions, ms/step, and returns.
 
     python experiments/ablation.py states    # trains one float64 SAC on each of the paper's tasks
-    python experiments/ablation.py errors    # of the states in runs/ablation/states
+    python experiments/ablation.py errors    # of the states in runs/states
     python experiments/ablation.py speed     # wants an idle machine
     python experiments/ablation.py table     # Markdown, from the committed CSV files alone
 
@@ -36,7 +36,7 @@ import envs
 import sac
 from quantize import STORAGE_DTYPES, Codec, make_codec
 
-STATES, RESULTS = Path("runs/ablation/states"), Path("experiments/results")
+STATES, RESULTS = Path("runs/states"), Path("experiments/results")
 STORAGES = {name: {"storage": name} for name in STORAGE_DTYPES}  # plot.py's method: flags
 STORAGES |= {f"m={m}": {"quant_m": m} for m in range(4)}
 STORAGES |= {f"m={m} packed": {"quant_m": m, "pack": True} for m in range(4)}
@@ -67,8 +67,8 @@ standard deviation, in the median column and the worst one; clamped: share of th
 Collisions: of the states that this SAC stored in training. colliding: share whose s_q occurs more
 than once; of them first: first in an episode; within 2,048: share whose s_q occurs more than once
 in the same 2,048 transitions, as many as PPO's rollout holds; with action: together with the same
-action. Spread: standard deviation within equal s_q over that of all, 0 if equal s_q go with equal
-values, 1 if they tell nothing about them; of the raw s, the reward r and the raw next state s'.
+action. Spread: standard deviation within equal s_q over that of all stored transitions, so what
+equal s_q hide on the scale of the whole data, 0 if nothing; of the raw s, reward r and raw next s'.
 Returns: training return over the last tenth of the steps, mean ± sample standard deviation over
 seeds (each seed)."""
 

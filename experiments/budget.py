@@ -1,12 +1,13 @@
-"""A buffer of a million Humanoid-v3 rows inside a hard limit of 1.2 GB on the whole process.
+"""A buffer of a million Humanoid-v3 rows inside a hard limit of 1.2 GB.
 
     python experiments/budget.py                  # packed, whole int16 and float64, one by one
     python experiments/budget.py --limit 1GB --steps 2000
 
 Each storage is a run of `sac.py` whose buffer is resident from the start (--memory-budget). The
 kernel enforces the limit: a memory cgroup of its own (v2 or v1, wants root), which kills a process
-that goes beyond it, else RLIMIT_DATA, which refuses it more private memory. RLIMIT_AS would not do:
-torch reserves far more address space than it uses.
+that goes beyond it, else RLIMIT_DATA, which refuses it more private memory. Neither counts the
+library pages that other processes have loaded; the peak resident memory that is printed does.
+RLIMIT_AS would not do: torch reserves far more address space than it uses.
 """
 
 import argparse
@@ -44,9 +45,12 @@ def make_cgroup(limit: int) -> Path | None:
         group = mount / path.lstrip("/") / f"just-round-{os.getpid()}"
         with suppress(OSError):
             group.mkdir()
-            if (group / knob).exists():  # else the memory controller is in the other hierarchy
-                (group / knob).write_text(str(limit))
-                return group
+            try:
+                if (group / knob).exists():  # else the controller is in the other hierarchy
+                    (group / knob).write_text(str(limit))
+                    return group
+            except OSError:
+                pass
             group.rmdir()
     return None
 
@@ -54,14 +58,17 @@ def make_cgroup(limit: int) -> Path | None:
 @contextmanager
 def limited(limit: int) -> Iterator[tuple[str, Callable[[], None]]]:
     """What enforces the limit in bytes, and what a child calls to come under it."""
-    if group := make_cgroup(limit):
-        yield "cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-        group.rmdir()
-    elif sys.platform == "linux":
-        rlimits = (limit, resource.getrlimit(resource.RLIMIT_DATA)[1])
-        yield "RLIMIT_DATA", lambda: resource.setrlimit(resource.RLIMIT_DATA, rlimits)
-    else:
+    if sys.platform != "linux":
         raise ValueError("no cgroup and no RLIMIT_DATA to enforce a limit with; Linux has both")
+    if group := make_cgroup(limit):
+        try:
+            yield "cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+        finally:
+            group.rmdir()
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    yield "RLIMIT_DATA", lambda: resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def run(codec: Codec, limit: int, args: argparse.Namespace) -> list:
@@ -95,10 +102,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = [COLUMNS]
     try:
         limit = memory.parse_bytes(args.limit)
+        open(args.out, "a").close()  # fail now rather than after the runs
         for codec in STORAGES:
             rows.append([codec.name, limit, *run(codec, limit, args)])
             print(", ".join(f"{head}: {x}" for head, x in zip(COLUMNS, rows[-1], strict=True)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"budget.py: error: {error}\n")
     with open(args.out, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

@@ -73,6 +73,7 @@ def read_ours(path: Path) -> tuple[dict, dict]:
     args, evaluation = result["args"], result["evaluation"]
     row = result | result["versions"] | {"env": args["env"], "seed": args["seed"]}
     row["method"] = result["storage"] if args["quant_m"] is None else f"m={args['quant_m']}"
+    row["method"] += " packed" * args.get("pack", False)
     row |= {"steps": result["global_step"], "eval_episodes": len(evaluation)}
     if evaluation:
         row |= {"eval_mean": np.mean(evaluation), "eval_std": np.std(evaluation)}

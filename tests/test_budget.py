@@ -1,6 +1,8 @@
 """experiments/budget.py: small buffers under real limits, by whatever may enforce them here."""
 
 import csv
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +28,23 @@ def test_packed_trains_where_float64_is_refused(tmp_path, monkeypatch, may_make_
         assert packed["enforced by"] == float64["enforced by"] == "RLIMIT_DATA"
     assert packed["outcome"] == "trained"
     assert int(packed["allocated"]) < int(packed["peak resident"]) < 600e6
-    assert float64["outcome"] == "refused" and "MB are free" in float64["said"]
+    assert float64["outcome"] == "refused" and "MB of memory that are free" in float64["said"]
+
+
+@pytest.mark.parametrize("may_make_cgroups", [True, False])
+def test_the_kernel_stops_what_goes_beyond_the_limit(monkeypatch, may_make_cgroups):
+    if not may_make_cgroups:
+        monkeypatch.setattr(budget, "make_cgroup", lambda limit: None)
+    codes = []
+    with budget.limited(150_000_000) as (enforced_by, come_under):
+        groups = list(Path("/sys/fs/cgroup").rglob(f"just-round-{os.getpid()}"))
+        assert bool(groups) == (enforced_by == "cgroup")
+        for megabytes in (50, 200):
+            take = [sys.executable, "-c", f"print(len(bytearray({megabytes}_000_000)))"]
+            child = subprocess.run(take, preexec_fn=come_under, capture_output=True, check=False)
+            codes.append(child.returncode)
+    assert codes == [0, -9 if enforced_by == "cgroup" else 1]
+    assert not any(group.exists() for group in groups)
 
 
 def test_a_bad_limit_is_one_line(capsys):

@@ -172,7 +172,7 @@ def test_equals_whole_rows_at_the_size_of_a_run(codec, num_envs, device):
         if t in (0, end - 1, end, 1499, 1500, 2000, 3000):
             both.check()
     assert both.first_block == 26
-    assert [len(columns) for columns, _ in both.live.blocks] == [26, 1, 1, 1, 1]
+    assert [part.stop - part.start for part, _ in both.live.blocks] == [26, 1, 1, 1, 1]
 
 
 @every_codec
