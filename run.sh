@@ -77,6 +77,11 @@ ablation_runs() {
             done
         done
     done
+    for seed in 1 2; do # where equal s_q are most frequent
+        for storage in "" " --quant-m 1" " --quant-m 2"; do
+            echo "sac.py --env Ant-v3 --seed $seed --total-timesteps 100000$storage"
+        done
+    done
 }
 
 case "${1-}" in
@@ -98,14 +103,14 @@ reproduce)
     ablation_runs | xargs -P 2 -I{} sh -c '.venv/bin/python {} --run-dir runs/ablation'
     .venv/bin/python experiments/ablation.py states --out runs/states
     .venv/bin/python experiments/ablation.py errors --states runs/states
-    .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 Walker2d-v3 --rounds 3 --steps 1000
+    .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 --rounds 3 --steps 1000
     .venv/bin/python experiments/plot.py collect runs/ablation --out experiments/results/ablation
     .venv/bin/python experiments/budget.py
     unset OMP_NUM_THREADS
     .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
     .venv/bin/python experiments/plot.py draw --results experiments/results
     .venv/bin/python memory.py --plot experiments/results/memory.png
-    .venv/bin/python experiments/speed.py --rounds 6 --steps-sac 1500 --steps-ppo 8192 \
+    .venv/bin/python experiments/speed.py --threads 1 --rounds 5 --steps-sac 1500 --steps-ppo 8192 \
         --cells sac-Humanoid-v3 sac-Walker2d-v3 ppo-Walker2d-v3
     ;;
 "")

@@ -415,7 +415,7 @@ def main(args: Args) -> dict:
     episode_return = np.zeros(args.num_envs, np.float64)
     episode_length = np.zeros(args.num_envs, np.int64)
     global_step, next_log, reported = 0, LOG_EVERY, False
-    buffer_bytes = buffer.nbytes  # grows with --drop-constant only
+    buffer_bytes = buffer.nbytes  # with --drop-constant it depends on the data
     start_time = time.perf_counter()
 
     obs, _ = envs.reset(seed=args.seed)
@@ -430,6 +430,9 @@ def main(args: Args) -> dict:
                 action = (mean + log_std.exp() * torch.randn_like(mean)).tanh().cpu().numpy()
         next_obs, reward, terminated, truncated, _ = envs.step(to_env(action))
         buffer.add(action, reward, next_obs, terminated, truncated)
+        if args.drop_constant and buffer.nbytes != buffer_bytes:
+            buffer_bytes = buffer.nbytes
+            bar.write(memory.settled(buffer_bytes, buffer.obs.live, device))
         if codec.clamp.clipped and not reported:
             bar.write(f"warning: so far {codec.clamp.report()}", file=sys.stderr)
             reported = True
@@ -498,9 +501,6 @@ def main(args: Args) -> dict:
                 "quant/max_abs_obs": codec.clamp.max_abs,
             }.items():
                 writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
-            if buffer.nbytes != buffer_bytes:
-                buffer_bytes = buffer.nbytes
-                bar.write(memory.settled(buffer_bytes, buffer.obs.live, device))
 
     # --- Sum up ----------------------------------------------------------------------------------
     bar.close()
