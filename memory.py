@@ -378,9 +378,8 @@ def check_fits(allocated: Callable[..., Ledger], codec: Codec, free: int, **size
                 words = [flags, *words, f"in place of {codec.name}"]
             options.append(" ".join(words))
             most = n
-    least = "at least " * ("live_columns" in sizes)
     raise ValueError(
-        f"this run needs {least}{mb(needed)} MB of memory and {mb(free)} MB are free; "
+        f"this run needs {mb(needed)} MB of memory and {mb(free)} MB are free; "
         + (f"what fits: {', or '.join(options)}" if options else f"not even {_flag(knob)} 1 fits")
     )
 
@@ -531,7 +530,7 @@ class Args:
     storage: Literal["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"] | None = None
     """Store this float type in place of fixed point."""
     pack: bool = False
-    """Store fixed point bit by bit, 12 or 15 bits a value in place of 16."""
+    """Store fixed point in the bits it needs: 8, 12, 15, 18 for m = 0, 1, 2, 3."""
     live_columns: int | None = None
     """SAC: with --drop-constant, columns that ever change; a run says it, 257 for Humanoid-v3."""
     measure: bool = False
