@@ -343,7 +343,7 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
 def print_summary(result: dict, run_dir: Path) -> None:
     """Say how the run went, from what is in its result.json."""
     trained, evaluation = result["return_last_tenth"], result["evaluation"]
-    shown = "no episode ended" if trained is None else f"{trained:.1f}"
+    shown = "no episode ended in it" if trained is None else f"{trained:.1f}"
     print(f"mean return over the last tenth of training: {shown}")
     if evaluation:
         print(f"mean return of {len(evaluation)} deterministic episodes: {np.mean(evaluation):.1f}")
