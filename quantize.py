@@ -284,13 +284,14 @@ def pack_bits(codes: np.ndarray, width: int) -> np.ndarray:
         return np.concatenate([codes.astype(np.int16), pack_bits(codes >> 16, width - 16)], -1)
     c, k, e = _spare(width)
     n_words = math.ceil(codes.shape[-1] * width / 16)
-    words = codes[..., :n_words] << 16 - width
+    words = codes[..., :n_words] << (16 - width)
     # (..., k, rest): all lowest chunks lie side by side, then all second ones.
-    chunks = codes[..., None, n_words:] >> c * np.arange(k)[:, None] & (1 << c) - 1
+    shifts, mask = c * np.arange(k)[:, None], (1 << c) - 1
+    chunks = (codes[..., None, n_words:] >> shifts) & mask
     chunks = chunks.reshape(*codes.shape[:-1], math.prod(chunks.shape[-2:]))
     for j in range(e):
         part = chunks[..., j * n_words : (j + 1) * n_words]
-        words[..., : part.shape[-1]] |= part << c * j
+        words[..., : part.shape[-1]] |= part << (c * j)
     return words.astype(np.int16)
 
 
@@ -306,17 +307,18 @@ def unpack_bits(words: torch.Tensor, n: int, width: int) -> torch.Tensor:
     c, k, e = _spare(width)
     n_rest = n - words.shape[-1]
     if n_rest == 0:
-        return words >> 16 - width
-    chunks = [(words >> c * j if j else words) & (1 << c) - 1 for j in range(e)]
+        return words >> (16 - width)
+    mask = (1 << c) - 1
+    chunks = [(words >> (c * j) if j else words) & mask for j in range(e)]
     rest = torch.cat(chunks, -1) if e > 1 else chunks[0]
     while k > 1:  # halve the number of blocks: chunk i + half joins chunk i at its place
         half = (k + 1) // 2
         upper = rest[..., half * n_rest : k * n_rest]
-        rest[..., : (k - half) * n_rest].add_(upper, alpha=1 << c * half)
+        rest[..., : (k - half) * n_rest].add_(upper, alpha=1 << (c * half))
         k = half
     rest = rest[..., :n_rest]
     # The arithmetic shift drops the chunks below the first codes and extends every code's sign.
-    return torch.cat((words, rest << 16 - width), -1).bitwise_right_shift_(16 - width)
+    return torch.cat((words, rest << (16 - width)), -1).bitwise_right_shift_(16 - width)
 
 
 def make_codec(
