@@ -37,17 +37,20 @@ def make_cgroup(limit: int) -> Path | None:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
-            mount, knob = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            mount = Path("/sys/fs/cgroup/memory")
+            knobs = {"memory.limit_in_bytes": limit, "memory.memsw.limit_in_bytes": limit}
         elif not controllers:
-            mount, knob = Path("/sys/fs/cgroup"), "memory.max"
+            mount, knobs = Path("/sys/fs/cgroup"), {"memory.max": limit, "memory.swap.max": 0}
         else:
             continue
         group = mount / path.lstrip("/") / f"just-round-{os.getpid()}"
         with suppress(OSError):
             group.mkdir()
             try:
-                if (group / knob).exists():  # else the controller is in the other hierarchy
-                    (group / knob).write_text(str(limit))
+                there = [knob for knob in knobs if (group / knob).exists()]
+                for knob in there:  # without the one for swap, the process would be swapped out
+                    (group / knob).write_text(str(knobs[knob]))
+                if there:  # else the memory controller is in the other hierarchy
                     return group
             except OSError:
                 pass
