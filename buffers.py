@@ -250,6 +250,7 @@ class ReplayBuffer:
         for array in (self.obs.array, *(getattr(self, name) for name in self.layout)):
             flat = torch.as_tensor(array).view(-1).view(torch.uint8)
             flat[:: resource.getpagesize()] |= 0
+            flat[-1:] |= 0  # arrays do not begin with a page: the last one may hold a short tail
 
     def start(self, obs: np.ndarray, mask: np.ndarray) -> None:
         """Write the first observation of an episode at the head of every env in mask.
