@@ -16,6 +16,7 @@ import torch
 from columns import LiveColumns, Rows, put, zeros
 from quantize import Codec, ObservationError
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype)
 
 
@@ -24,15 +25,12 @@ def layout_bytes(layout: Layout) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
 
 
-def _float32_reward(reward: np.ndarray) -> torch.Tensor:
-    """(num_envs,) -> float32 tensor. Raises ObservationError on nan, inf or beyond float32."""
-    with np.errstate(over="ignore"):
-        reward = np.asarray(reward, np.float32)
-    if not np.isfinite(reward).all():
-        raise ObservationError(
-            f"nan or inf in the reward of env {np.flatnonzero(~np.isfinite(reward))}"
-        )
-    return torch.from_numpy(reward)
+def _float32_reward(reward: np.ndarray) -> np.ndarray:
+    """(num_envs,) -> float32. Raises ObservationError on nan, inf or beyond float32."""
+    good = np.abs(reward) <= FLOAT32_MAX
+    if not good.all():
+        raise ObservationError(f"nan or inf in the reward of env {np.flatnonzero(~good)}")
+    return reward.astype(np.float32)
 
 
 class RolloutBatch(NamedTuple):
@@ -64,7 +62,7 @@ class RolloutBuffer:
         codec: how observations are stored.
         n_steps: steps per env and rollout.
         num_envs, obs_dim, act_dim: sizes.
-        device: where the tensors live.
+        device: where the minibatches go. The arrays are on the CPU, where the environments are.
         seed: of the minibatches' permutations.
     """
 
@@ -81,8 +79,8 @@ class RolloutBuffer:
         self.codec, self.obs_dim = codec, obs_dim
         self.layout = rollout_layout(codec, n_steps, num_envs, obs_dim, act_dim)
         for name, (shape, dtype) in self.layout.items():
-            setattr(self, name, zeros(shape, dtype, device))
-        self.step = 0
+            setattr(self, name, zeros(shape, dtype, torch.device("cpu")))
+        self.device, self.step = device, 0
         self._rng = np.random.default_rng(seed)
 
     @property
@@ -93,9 +91,8 @@ class RolloutBuffer:
     def add(
         self,
         obs: np.ndarray,
-        action: torch.Tensor,
-        log_prob: torch.Tensor,
-        value: torch.Tensor,
+        action: np.ndarray,
+        value: np.ndarray,
         reward: np.ndarray,
         end: np.ndarray,
     ) -> None:
@@ -103,30 +100,31 @@ class RolloutBuffer:
 
         Args:
             obs: (num_envs, n), what the action was chosen on.
-            action, log_prob, value: (num_envs, k), (num_envs,), (num_envs,), from the policy.
+            action, value: (num_envs, k), (num_envs,), from the networks.
             reward: (num_envs,), with gamma * V(final obs) added where the episode was truncated.
             end: (num_envs,) bool, the episode ended with this step, either way.
 
         Raises:
             ObservationError: nan or inf in obs or reward; nothing is stored then.
         """
-        codes, reward = self.codec.encode(obs), _float32_reward(reward)
-        t = self.step
+        codes, reward, t = self.codec.encode(obs), _float32_reward(reward), self.step
         self.obs[t] = self.codec.pack(codes)
-        self.actions[t] = action
-        self.log_probs[t] = log_prob
-        self.values[t] = value
-        self.rewards[t] = reward
-        self.ends[t] = torch.from_numpy(end)
+        for array, row in (
+            (self.actions, action),
+            (self.values, value),
+            (self.rewards, reward),
+            (self.ends, end),
+        ):
+            array.numpy()[t] = row
         self.step = (t + 1) % len(self.obs)
 
     def minibatches(self, batch_size: int) -> Iterator[RolloutBatch]:
         """One pass over all steps in a fresh random order; the last batch may be smaller."""
         flat = [
-            array.flatten(0, 1)
+            array.flatten(0, 1).to(self.device)
             for array in (self.obs, self.actions, self.log_probs, self.advantages, self.returns)
         ]
-        order = torch.from_numpy(self._rng.permutation(len(flat[0]))).to(self.obs.device)
+        order = torch.from_numpy(self._rng.permutation(len(flat[0]))).to(self.device)
         for index in order.split(batch_size):
             rows, *rest = (array.index_select(0, index) for array in flat)
             codes = self.codec.unpack(rows, self.obs_dim)
@@ -134,16 +132,26 @@ class RolloutBuffer:
 
 
 class ReplayBatch(NamedTuple):
-    """A batch for SAC, float32: obs, next_obs (B, n), action (B, k), reward (B,).
+    """A batch for SAC, float32: both_obs (2 B, n), action (B, k), reward (B,).
 
-    terminated is (B,) bool.
+    terminated is (B,) bool. The first B rows of both_obs are obs, the others next_obs: a network
+    can take them in one pass.
     """
 
-    obs: torch.Tensor
+    both_obs: torch.Tensor
     action: torch.Tensor
     reward: torch.Tensor
-    next_obs: torch.Tensor
     terminated: torch.Tensor
+
+    @property
+    def obs(self) -> torch.Tensor:
+        """(B, n), a view."""
+        return self.both_obs[: len(self.action)]
+
+    @property
+    def next_obs(self) -> torch.Tensor:
+        """(B, n), a view."""
+        return self.both_obs[len(self.action) :]
 
 
 def rows_per_env(buffer_size: int, num_envs: int) -> int:
@@ -286,21 +294,26 @@ class ReplayBuffer:
         """
         codes, reward = self.codec.encode(next_obs), _float32_reward(reward)
         row, next_row = self.head, self._after(self.head)
-        new_head = np.where(terminated | truncated, self._after(next_row), next_row)
+        done = terminated | truncated
         put(self.actions, row, torch.from_numpy(np.asarray(action, np.float32)))
-        put(self.rewards, row, reward)
+        put(self.rewards, row, torch.from_numpy(reward))
         put(self.terminated, row, torch.from_numpy(terminated))
         self.obs.put(next_row, codes)
 
-        self.size -= np.count_nonzero(self.is_start[next_row])  # the oldest row falls out,
-        self.is_start[next_row] = False
-        self.size -= np.count_nonzero(self.is_start[new_head])  # and at an end one more
-        self.is_start[new_head] = False
+        self._forget(next_row)  # the oldest row falls out,
+        new_head = next_row
+        if done.any():
+            new_head = np.where(done, self._after(next_row), next_row)
+            self._forget(new_head)  # and at an end one more
         self.is_start[row] = True
         self.size += len(row)
-        moved = 1 + (new_head != next_row)
-        self.fill[:] = np.minimum(self.fill + moved, self.rows)
+        self.fill[:] = np.minimum(self.fill + 1 + done, self.rows)
         self.head[:] = new_head
+
+    def _forget(self, rows: np.ndarray) -> None:
+        """No transition begins at these rows any more."""
+        self.size -= np.count_nonzero(self.is_start[rows])
+        self.is_start[rows] = False
 
     def sample(self, batch_size: int) -> ReplayBatch:
         """Draw transitions uniformly, with replacement, over all envs together.
@@ -312,12 +325,10 @@ class ReplayBuffer:
         # One gather for s and s': row and row + 1.
         both = torch.from_numpy(np.concatenate([rows, self._after(rows)])).to(self.device)
         index = both[:batch_size]
-        obs, next_obs = self.obs.get(both).split(batch_size)
         return ReplayBatch(
-            obs,
+            self.obs.get(both),
             self.actions.index_select(0, index),
             self.rewards.index_select(0, index),
-            next_obs,
             self.terminated.index_select(0, index),
         )
 
@@ -326,15 +337,15 @@ class ReplayBuffer:
         if self.size == 0:
             raise ValueError("the replay buffer holds no complete transition to sample yet")
         filled = np.cumsum(self.fill)
-        rows = np.empty(n, np.int64)
-        redraw = np.arange(n)
-        while len(redraw):  # until no draw has hit an open head or a final row
-            draws = self._rng.integers(filled[-1], size=len(redraw))
-            env = np.searchsorted(filled, draws, side="right")
-            rows[redraw] = self.first_row[env] + draws - (filled - self.fill)[env]
-            redraw = redraw[~self.is_start[rows[redraw]]]
-        return rows
+        to_row = self.first_row + self.fill - filled  # from a place among all filled rows
+        rows = np.empty(0, np.int64)
+        while len(rows) < n:  # some draws hit an open head or a final row
+            draws = self._rng.integers(filled[-1], size=n + n // 4)
+            draws += to_row[np.searchsorted(filled, draws, side="right")]
+            rows = np.concatenate([rows, draws[self.is_start[draws]]])
+        return rows[:n]
 
     def _after(self, row: np.ndarray) -> np.ndarray:
         """The row after each, going round within its env's ring."""
-        return np.where((row + 1) % self.rows == 0, row + 1 - self.rows, row + 1)
+        after = row + 1
+        return after - self.rows * (after % self.rows == 0)

@@ -134,7 +134,7 @@ def allocated_ppo(
         "networks": 4 * parameters,
         "gradients": 4 * parameters,
         # exp_avg and exp_avg_sq, and one float32 step: all parameters are one flat tensor.
-        "Adam moments": 8 * parameters + 4,
+        "Adam moments": 8 * parameters,
         "decoded batch": 4 * batch * (obs_dim + act_dim + 3),  # log_prob, advantage, ret
     }
 
@@ -177,7 +177,7 @@ def allocated_sac(
         "target networks": 4 * 2 * critic,
         "gradients": 4 * parameters,
         # exp_avg and exp_avg_sq; a float32 step for actor with alpha and one for the critics.
-        "Adam moments": 8 * parameters + 4 * 2,
+        "Adam moments": 8 * parameters,
         # obs, next_obs, action, reward in float32; terminated is a byte.
         "decoded batch": batch_size * (4 * (2 * obs_dim + act_dim + 1) + 1),
     }

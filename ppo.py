@@ -38,13 +38,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import memory
 from buffers import RolloutBuffer
 from envs import evaluate, make_vector
+from networks import MLP, Adam, set_threads
 from quantize import ObservationError, check_finite, make_codec
 
 ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
@@ -195,62 +196,33 @@ def prepare(args: Args) -> tuple:
     return device, codec, envs, dims, run_dir
 
 
-# memory.py counts the network's parameters: a change of its layers belongs there as well.
-class ActorCritic(nn.Module):
-    """pi(a|s), a Gaussian of state-independent width, and V(s), two networks that share nothing.
+def orthogonal(*sizes: int, gain: float) -> list[tuple[Tensor, Tensor]]:
+    """Layers of one network as SB3 starts them, policies.py:617: no biases, orthogonal weights.
 
-    Both have the same hidden layers, so these are batched: weights (2, inputs, outputs), policy
-    first. SB3 policies.py:454-500, orthogonal initialisation policies.py:617.
+    gain is that of the last layer's weights, the others' is sqrt(2).
     """
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
-        super().__init__()
-
-        def orthogonal(inputs: int, outputs: int, gain: float) -> Tensor:
-            return nn.init.orthogonal_(torch.empty(outputs, inputs), gain).T
-
-        def twice(inputs: int, outputs: int) -> nn.Parameter:
-            return nn.Parameter(
-                torch.stack([orthogonal(inputs, outputs, 2**0.5) for _ in range(2)])
-            )
-
-        self.w1, self.b1 = twice(obs_dim, hidden), nn.Parameter(torch.zeros(2, 1, hidden))
-        self.w2, self.b2 = twice(hidden, hidden), nn.Parameter(torch.zeros(2, 1, hidden))
-        self.w_mean = nn.Parameter(orthogonal(hidden, act_dim, 0.01))
-        self.b_mean = nn.Parameter(torch.zeros(act_dim))
-        self.w_value = nn.Parameter(orthogonal(hidden, 1, 1.0))
-        self.b_value = nn.Parameter(torch.zeros(1))
-        self.log_std = nn.Parameter(torch.zeros(act_dim))
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """obs (B, n) -> mean of the action (B, k), V(s) (B,)."""
-        x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w1).tanh()  # (2, B, hidden)
-        policy, value = torch.baddbmm(self.b2, x, self.w2).tanh()
-        mean = torch.addmm(self.b_mean, policy, self.w_mean)
-        return mean, torch.addmm(self.b_value, value, self.w_value).squeeze(-1)
-
-
-def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """Move parameters into one vector, of which they and their gradients become views.
-
-    Adam and the gradient's norm are then one operation each, not one per tensor. Clear gradients
-    with `flat.grad.zero_()`: `optimizer.zero_grad()` would drop the shared gradient, and Adam would
-    silently skip everything.
-    """
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in parameters:
-        part = slice(start, start + p.numel())
-        p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
-        start += p.numel()
-    return flat
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        weight = torch.empty(outputs, inputs)
+        torch.nn.init.orthogonal_(weight, gain if len(layers) == len(sizes) - 2 else 2**0.5)
+        layers.append((weight.T[None], torch.zeros(1, 1, outputs)))
+    return layers
 
 
 def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log pi(a|s) of a diagonal Gaussian: action, mean (B, k), log_std (k,) -> (B,)."""
     standardised = (action - mean) / log_std.exp()
     return -(0.5 * (standardised**2 + math.log(2 * math.pi)) + log_std).sum(-1)
+
+
+def gaussian_log_prob_gradient(
+    action: Tensor, mean: Tensor, log_std: Tensor, d_log_prob: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of a loss by mean (B, k) and log_std (k,), from that by log_prob (B,)."""
+    std, d_log_prob = log_std.exp(), d_log_prob[:, None]
+    standardised = (action - mean) / std
+    d_log_std = d_log_prob * (standardised**2 - 1)
+    return d_log_prob * standardised / std, d_log_std.sum(0)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
@@ -304,6 +276,17 @@ def clipped_policy_loss(ratio: Tensor, advantage: Tensor, clip_coef: float) -> T
     return -torch.min(ratio * advantage, clipped_ratio * advantage).mean()
 
 
+def clipped_policy_loss_gradient(ratio: Tensor, advantage: Tensor, clip_coef: float) -> Tensor:
+    """By ratio, (B,): none where the clipped ratio gives the minimum."""
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    return -advantage * (ratio * advantage <= clipped_ratio * advantage) / len(ratio)
+
+
+def value_loss_gradient(value: Tensor, ret: Tensor) -> Tensor:
+    """Of the mean squared error, by value: (B,) each -> (B,)."""
+    return 2 * (value - ret) / len(value)
+
+
 def print_summary(result: dict, run_dir: Path) -> None:
     """Say how the run went, from what is in its result.json."""
     trained, evaluation = result["return_last_tenth"], result["evaluation"]
@@ -319,11 +302,13 @@ def print_summary(result: dict, run_dir: Path) -> None:
     )
 
 
+@torch.inference_mode()  # all gradients are written out, see networks.py
 def main(args: Args) -> dict:
     """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
 
     Returns:
-        What training left behind: "result" (as in result.json), "policy", "optimizer", "buffer".
+        What training left behind: "result" (as in result.json), "policy",
+        "value_function", "log_std", "adam", "buffer".
 
     Raises:
         SystemExit: code 2 for bad input, see `prepare`.
@@ -335,24 +320,27 @@ def main(args: Args) -> dict:
     envs.action_space.seed(args.seed)
     low, high = envs.single_action_space.low, envs.single_action_space.high
 
-    policy = ActorCritic(obs_dim, act_dim, args.hidden).to(device)
-    flat = flatten([*policy.parameters()])
-    optimizer = torch.optim.Adam([flat], lr=args.learning_rate, eps=ADAM_EPS, fused=True)
+    set_threads(args.batch_size, obs_dim, args.hidden)
+    with torch.device(device):
+        hidden = (obs_dim, args.hidden, args.hidden)
+        policy = MLP(orthogonal(*hidden, act_dim, gain=0.01), "tanh")  # mean of the action
+        value_function = MLP(orthogonal(*hidden, 1, gain=1.0), "tanh")
+        log_std = torch.zeros(act_dim)
+    adam = Adam([*policy.tensors, *value_function.tensors, log_std], args.learning_rate, ADAM_EPS)
     buffer = RolloutBuffer(codec, args.n_steps, **dims, device=device, seed=args.seed)
 
     # A second codec for acting, so that the clamp statistics count every stored value once.
     acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)
 
-    def policy_input(obs: np.ndarray) -> Tensor:
-        """What the policy acts on: the raw observation as in the paper, or the decoded one."""
+    def acted_on(obs: np.ndarray) -> np.ndarray:
+        """What is acted on: the raw observation as in the paper, or the decoded one."""
         if args.quant_act:
-            return acting_codec.decode(acting_codec.encode(obs).to(device))
-        return torch.from_numpy(obs).to(device, torch.float32)
+            return acting_codec.decode(acting_codec.encode(obs)).numpy()
+        return obs.astype(np.float32)
 
     def best_action(obs: np.ndarray) -> np.ndarray:
         """Deterministic action: the mean, clipped to the environment's bounds."""
-        mean, _ = policy(policy_input(obs[None]))
-        return mean[0].cpu().numpy().clip(low, high)
+        return policy.in_numpy()(acted_on(obs[None]))[0, 0].clip(low, high)
 
     writer = SummaryWriter(str(run_dir))
     table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
@@ -366,13 +354,19 @@ def main(args: Args) -> dict:
     obs, _ = envs.reset(seed=args.seed)
     while global_step < args.total_timesteps:
         # --- Collect n_steps transitions per env -------------------------------------------------
-        for _ in range(args.n_steps):
-            with torch.no_grad():
-                mean, value = policy(policy_input(obs))
-                action = mean + policy.log_std.exp() * torch.randn_like(mean)
-                log_prob = gaussian_log_prob(action, mean, policy.log_std)
+        # The density of mean + std * noise depends on the noise alone, so the rollout's is drawn
+        # at once. Every action then takes the place of its noise.
+        old_log_std = log_std.cpu()
+        std, noise = old_log_std.exp(), buffer.actions.normal_()
+        buffer.log_probs[:] = gaussian_log_prob(std * noise, torch.zeros_like(std), old_log_std)
+        std, noise = std.numpy(), noise.numpy()
+        policy_now, value_now = policy.in_numpy(), value_function.in_numpy()
+        for t in range(args.n_steps):
+            x = acted_on(obs)
+            mean, value = policy_now(x)[0], value_now(x)[0, :, 0]
+            action = mean + std * noise[t]
             # The environment gets the clipped action; the buffer keeps what was sampled.
-            clipped = action.cpu().numpy().clip(low, high)
+            clipped = np.minimum(np.maximum(action, low), high)
             next_obs, reward, terminated, truncated, _ = envs.step(clipped)
             check_finite(next_obs)  # the values and the policy see it before the buffer does
             global_step += args.num_envs
@@ -381,10 +375,8 @@ def main(args: Args) -> dict:
             done = terminated | truncated
             cut = truncated & ~terminated
             if cut.any():  # not an end of the task: bootstrap from the true final observation
-                with torch.no_grad():
-                    _, final_value = policy(policy_input(next_obs[cut]))
-                reward[cut] += args.gamma * final_value.cpu().numpy()
-            buffer.add(obs, action, log_prob, value, reward, done)
+                reward[cut] += args.gamma * value_now(acted_on(next_obs[cut]))[0, :, 0]
+            buffer.add(obs, action, value, reward, done)
             if done.any():
                 episodes += [(global_step, float(ret)) for ret in episode_return[done]]
                 mean_return = float(episode_return[done].mean())
@@ -399,36 +391,40 @@ def main(args: Args) -> dict:
             bar.update(args.num_envs)
 
         # --- Learn: n_epochs passes over the rollout in minibatches ------------------------------
-        with torch.no_grad():
-            _, last_value = policy(policy_input(obs))
+        last_value = torch.from_numpy(value_now(acted_on(obs))[0, :, 0])
         buffer.advantages[:], buffer.returns[:] = compute_gae(
             buffer.rewards, buffer.values, buffer.ends, last_value, args.gamma, args.gae_lambda
         )
         first_ratio_error = None
         for _ in range(args.n_epochs):
             for mb in buffer.minibatches(args.batch_size):
-                mean, value = policy(mb.obs)
-                log_prob = gaussian_log_prob(mb.action, mean, policy.log_std)
+                (mean,), policy_tape = policy.forward(mb.obs)
+                value, value_tape = value_function.forward(mb.obs)
+                log_prob = gaussian_log_prob(mb.action, mean, log_std)
                 log_ratio = log_prob - mb.log_prob
                 ratio = log_ratio.exp()
+                value, advantage = value[0, :, 0], normalize(mb.advantage)
                 if first_ratio_error is None:
-                    first_ratio_error = (ratio - 1).abs().mean().detach()
-                policy_loss = clipped_policy_loss(ratio, normalize(mb.advantage), args.clip_coef)
-                value_loss = F.mse_loss(value, mb.ret)
-                entropy = gaussian_entropy(policy.log_std)
+                    first_ratio_error = (ratio - 1).abs().mean()
                 # PPO eq. 9, with the sign of a loss
-                loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-                flat.grad.zero_()
-                loss.backward()
-                flat.grad *= (args.max_grad_norm / (flat.grad.norm() + CLIP_EPS)).clamp(max=1)
-                optimizer.step()
+                d_ratio = clipped_policy_loss_gradient(ratio, advantage, args.clip_coef)
+                d_mean, d_log_std = gaussian_log_prob_gradient(
+                    mb.action, mean, log_std, d_ratio * ratio
+                )
+                d_value = args.vf_coef * value_loss_gradient(value, mb.ret)
+                policy.backward(policy_tape, d_mean[None])
+                value_function.backward(value_tape, d_value[None, :, None])
+                log_std.grad.copy_(d_log_std - args.ent_coef)  # the entropy's by log_std is 1
+                norm = adam.gradient.norm()
+                adam.gradient *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
+                adam.step()
 
         # --- Log, the losses being those of the last minibatch -----------------------------------
         unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
         for tag, metric in {
-            "losses/policy_loss": policy_loss,
-            "losses/value_loss": value_loss,
-            "losses/entropy": entropy,
+            "losses/policy_loss": clipped_policy_loss(ratio, advantage, args.clip_coef),
+            "losses/value_loss": F.mse_loss(value, mb.ret),
+            "losses/entropy": gaussian_entropy(log_std),
             "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note on KL
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
             "losses/first_ratio_error": first_ratio_error,
@@ -470,7 +466,14 @@ def main(args: Args) -> dict:
     writer.close()
     (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print_summary(result, run_dir)
-    return {"result": result, "policy": policy, "optimizer": optimizer, "buffer": buffer}
+    return {
+        "result": result,
+        "policy": policy,
+        "value_function": value_function,
+        "log_std": log_std,
+        "adam": adam,
+        "buffer": buffer,
+    }
 
 
 if __name__ == "__main__":

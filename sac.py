@@ -38,13 +38,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import memory
 from buffers import ReplayBuffer
 from envs import evaluate, make_vector
+from networks import MLP, Adam, flatten, set_threads
 from quantize import ObservationError, make_codec
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # SB3 sac/policies.py:21
@@ -222,75 +223,40 @@ def prepare(args: Args) -> tuple:
     return device, codec, envs, sizes, run_dir
 
 
-# memory.py counts the parameters of both networks: a change of their layers belongs there as well.
-class Actor(nn.Module):
-    """pi(a|s): a Gaussian squashed by tanh. SB3 sac/policies.py:25."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(obs_dim, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, 2 * act_dim),  # the heads of mean and log_std side by side
-        )
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """obs (B, n) -> mean, log_std of u, both (B, k)."""
-        mean, log_std = self.net(obs).chunk(2, dim=-1)
-        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
-
-    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """obs (B, n) -> action (B, k) in [-1, 1] by the reparametrisation trick, log_prob (B,)."""
-        mean, log_std = self(obs)
-        noise = torch.randn_like(mean)
-        action = (mean + log_std.exp() * noise).tanh()
-        return action, squashed_log_prob(noise, log_std, action)
+def uniform(count: int, *sizes: int) -> list[tuple[Tensor, Tensor]]:
+    """Layers of `count` networks as torch's Linear, and so SB3, starts them: +-1 / sqrt(inputs)."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        weight, bias = torch.empty(count, inputs, outputs), torch.empty(count, 1, outputs)
+        bound = inputs**-0.5
+        layers.append((weight.uniform_(-bound, bound), bias.uniform_(-bound, bound)))
+    return layers
 
 
-class TwinCritic(nn.Module):
-    """Q1 and Q2 as one batched network: weights (2, inputs, outputs), biases (2, 1, outputs)."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int):
-        super().__init__()
-
-        def uniform(fan_in: int, *shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-
-        # The first layer's weight in two parts: the actor's loss then needs no gradient for obs.
-        # The bounds are those of torch's Linear, 1 / sqrt(fan_in), for weights and biases alike.
-        self.w_obs = uniform(obs_dim + act_dim, 2, obs_dim, hidden)
-        self.w_act = uniform(obs_dim + act_dim, 2, act_dim, hidden)
-        self.b1 = uniform(obs_dim + act_dim, 2, 1, hidden)
-        self.w2, self.b2 = uniform(hidden, 2, hidden, hidden), uniform(hidden, 2, 1, hidden)
-        self.w3, self.b3 = uniform(hidden, 2, hidden, 1), uniform(hidden, 2, 1, 1)
-
-    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        """obs (B, n), action (B, k) -> q (2, B)."""
-        x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w_obs)  # (2, B, hidden)
-        x = torch.baddbmm(x, action.expand(2, -1, -1), self.w_act).relu()
-        x = torch.baddbmm(self.b2, x, self.w2).relu()
-        return torch.baddbmm(self.b3, x, self.w3).squeeze(-1)
+# --- The policy: a Gaussian squashed by tanh, SB3 sac/policies.py:25 -----------------------------
 
 
-def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """Move parameters into one vector, of which they and their gradients become views.
+def gaussian(out: Tensor) -> tuple[Tensor, Tensor]:
+    """The actor's output (B, 2k) -> mean and log_std of u, both (B, k)."""
+    mean, log_std = out.chunk(2, -1)
+    return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
-    Adam and the target's update are then one operation each, not one per tensor. Clear gradients
-    with `flat.grad.zero_()`: `optimizer.zero_grad()` would drop the shared gradient, and Adam would
-    silently skip everything.
-    """
-    trained = parameters[0].requires_grad
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]), trained)
-    flat.grad = torch.zeros_like(flat) if trained else None
-    start = 0
-    for p in parameters:
-        part = slice(start, start + p.numel())
-        p.data = flat.data[part].view_as(p)
-        p.grad = flat.grad[part].view_as(p) if trained else None
-        start += p.numel()
-    return flat
+
+def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
+    """a = tanh(u), u = mean + std * noise: (B, k) each -> action (B, k) in [-1, 1]."""
+    return torch.addcmul(mean, log_std.exp(), noise).tanh_()
+
+
+def squash_gradient(
+    out: Tensor, noise: Tensor, action: Tensor, d_action: Tensor, d_log_prob: Tensor
+) -> Tensor:
+    """Gradient of a loss by `out` (B, 2k), from those by action (B, k) and by log_prob (B,)."""
+    _, log_std = gaussian(out)
+    d_log_prob, d_tanh = d_log_prob[:, None], 1 - action**2
+    d_u = (d_action + 2 * d_log_prob * action / (d_tanh + SQUASH_EPS)) * d_tanh
+    inside = out.chunk(2, -1)[1] == log_std  # the clamp lets no gradient through
+    d_log_std = (d_u * log_std.exp() * noise - d_log_prob) * inside
+    return torch.cat([d_u, d_log_std], -1)
 
 
 def squashed_log_prob(noise: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
@@ -327,9 +293,20 @@ def critic_loss(q: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(q, target.expand_as(q))
 
 
+def critic_loss_gradient(q: Tensor, target: Tensor) -> Tensor:
+    """By q, (2, B)."""
+    return (q - target) / len(target)
+
+
 def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
     """alpha log pi(a|s) - min_i Q_i(s, a), averaged: q (2, B), log_prob (B,). SAC eq. 9."""
     return (alpha * log_prob - q.amin(0)).mean()
+
+
+def actor_loss_gradient(q: Tensor, log_prob: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """By q, (2, B), and by log_prob, (B,)."""
+    share = (torch.sign(q.flip(0) - q) + 1) / 2  # 1 for the smaller, 1/2 each where they are equal
+    return -share / len(log_prob), (alpha / len(log_prob)).expand_as(log_prob)
 
 
 def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
@@ -338,6 +315,11 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
     SAC eq. 18 has alpha itself in front; SB3's log alpha gives a gradient of the same sign.
     """
     return -(log_alpha * (log_prob + target_entropy).detach()).mean()
+
+
+def alpha_loss_gradient(log_prob: Tensor, target_entropy: float) -> Tensor:
+    """By log_alpha, ()."""
+    return -(log_prob + target_entropy).mean()
 
 
 def print_summary(result: dict, run_dir: Path) -> None:
@@ -355,12 +337,13 @@ def print_summary(result: dict, run_dir: Path) -> None:
     )
 
 
+@torch.inference_mode()  # all gradients are written out, see networks.py
 def main(args: Args) -> dict:
     """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
 
     Returns:
         What training left behind: "result" (as in result.json), "actor", "critic",
-        "target", "log_alpha", "optimizers", "buffer".
+        "target", "log_alpha", "adams", "buffer".
 
     Raises:
         SystemExit: code 2 for bad input, see `prepare`.
@@ -372,17 +355,17 @@ def main(args: Args) -> dict:
     envs.action_space.seed(args.seed)
     low, high = envs.single_action_space.low, envs.single_action_space.high
 
-    actor = Actor(obs_dim, act_dim, args.hidden).to(device)
-    critic = TwinCritic(obs_dim, act_dim, args.hidden).to(device)
-    target = copy.deepcopy(critic).requires_grad_(False)
-    log_alpha = nn.Parameter(torch.zeros((), device=device))
+    set_threads(args.batch_size, obs_dim + act_dim, args.hidden)
+    with torch.device(device):
+        hidden = (args.hidden, args.hidden)
+        actor = MLP(uniform(1, obs_dim, *hidden, 2 * act_dim), "relu")
+        critic = MLP(uniform(2, obs_dim + act_dim, *hidden, 1), "relu")  # Q1 and Q2
+        log_alpha = torch.zeros(())
+    target = copy.deepcopy(critic)
     target_entropy = -float(act_dim) if args.target_entropy is None else args.target_entropy
     # Adam works per parameter: one over actor and log_alpha makes the same steps as SB3's two.
-    actor_parameters = [*actor.parameters(), log_alpha]
-    actor_flat, critic_flat = flatten(actor_parameters), flatten([*critic.parameters()])
-    target_flat = flatten([*target.parameters()])
-    actor_optimizer = torch.optim.Adam([actor_flat], lr=args.learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam([critic_flat], lr=args.learning_rate, fused=True)
+    actor_adam = Adam([*actor.tensors, log_alpha], args.learning_rate)
+    critic_adam, target_params = Adam(critic.tensors, args.learning_rate), flatten(target.tensors)
     buffer = ReplayBuffer(
         codec, **sizes, device=device, seed=args.seed, drop_constant=args.drop_constant
     )
@@ -396,16 +379,16 @@ def main(args: Args) -> dict:
     # A second codec for acting, so that the clamp statistics count every stored value once.
     acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)
 
-    def policy_input(obs: np.ndarray) -> Tensor:
-        """What the policy acts on: the raw observation as in the paper, or the decoded one."""
+    def acted_on(obs: np.ndarray) -> np.ndarray:
+        """What is acted on: the raw observation as in the paper, or the decoded one."""
         if args.quant_act:
-            return acting_codec.decode(acting_codec.encode(obs).to(device))
-        return torch.from_numpy(obs).to(device, torch.float32)
+            return acting_codec.decode(acting_codec.encode(obs)).numpy()
+        return obs.astype(np.float32)
 
     def best_action(obs: np.ndarray) -> np.ndarray:
         """Deterministic action: tanh of the mean."""
-        mean, _ = actor(policy_input(obs[None]))
-        return to_env(mean[0].tanh().cpu().numpy())
+        out = actor.in_numpy()(acted_on(obs[None]))
+        return to_env(np.tanh(out[0, 0, :act_dim]))
 
     writer = SummaryWriter(str(run_dir))
     table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
@@ -425,9 +408,10 @@ def main(args: Args) -> dict:
         if global_step < args.learning_starts:
             action = 2 * (envs.action_space.sample() - low) / (high - low) - 1
         else:
-            with torch.no_grad():
-                mean, log_std = actor(policy_input(obs))
-                action = (mean + log_std.exp() * torch.randn_like(mean)).tanh().cpu().numpy()
+            out = actor.in_numpy()(acted_on(obs))[0]
+            mean, log_std = out[:, :act_dim], out[:, act_dim:]
+            noise = torch.randn(args.num_envs, act_dim).numpy()
+            action = np.tanh(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
         next_obs, reward, terminated, truncated, _ = envs.step(to_env(action))
         buffer.add(action, reward, next_obs, terminated, truncated)
         if args.drop_constant and buffer.nbytes != buffer_bytes:
@@ -460,37 +444,41 @@ def main(args: Args) -> dict:
         due = global_step // args.train_freq - (global_step - args.num_envs) // args.train_freq
         for _ in range(due * args.gradient_steps):
             batch = buffer.sample(args.batch_size)
-            action, log_prob = actor.sample(batch.obs)
-            alpha = log_alpha.detach().exp()  # before this update's own step of alpha
+            # Actions for s in the first half of the rows, for s' in the second.
+            out, actor_tape = actor.forward(batch.both_obs)
+            noise = torch.randn(len(batch.both_obs), act_dim, device=device)
+            mean, log_std = gaussian(out[0])
+            actions = squash(mean, log_std, noise)
+            log_probs = squashed_log_prob(noise, log_std, actions)
+            (action, next_action), (log_prob, next_log_prob) = actions.chunk(2), log_probs.chunk(2)
+            alpha = log_alpha.exp()  # before this update's own step of alpha
 
-            with torch.no_grad():
-                next_action, next_log_prob = actor.sample(batch.next_obs)
-                next_q = target(batch.next_obs, next_action)
-                q_target = soft_q_target(
-                    batch.reward, batch.terminated, next_q, next_log_prob, alpha, args.gamma
-                )
-            q = critic(batch.obs, batch.action)
-            loss_critic = critic_loss(q, q_target)
-            critic_flat.grad.zero_()
-            loss_critic.backward()
-            critic_optimizer.step()
+            next_q, _ = target.forward(torch.cat([batch.next_obs, next_action], 1))
+            q_target = soft_q_target(
+                batch.reward, batch.terminated, next_q[..., 0], next_log_prob, alpha, args.gamma
+            )
+            q, tape = critic.forward(torch.cat([batch.obs, batch.action], 1))
+            critic.backward(tape, critic_loss_gradient(q[..., 0], q_target)[..., None])
+            critic_adam.step()
 
-            loss_actor = actor_loss(critic(batch.obs, action), log_prob, alpha)
-            loss_alpha = alpha_loss(log_alpha, log_prob, target_entropy)
-            actor_flat.grad.zero_()
-            (loss_actor + loss_alpha).backward(inputs=actor_parameters)  # not for the critics
-            actor_optimizer.step()
+            q_pi, tape = critic.forward(torch.cat([batch.obs, action], 1))
+            d_q, d_log_prob = actor_loss_gradient(q_pi[..., 0], log_prob, alpha)
+            d_action = critic.input_gradient(tape, d_q[..., None], start=obs_dim)
+            half = slice(args.batch_size)  # the rows of s
+            d_out = squash_gradient(out[0, half], noise[half], action, d_action, d_log_prob)
+            actor.backward([layer[:, half] for layer in actor_tape], d_out[None])
+            log_alpha.grad.copy_(alpha_loss_gradient(log_prob, target_entropy))
+            actor_adam.step()
 
-            with torch.no_grad():
-                target_flat.lerp_(critic_flat, args.tau)  # target + tau (critic - target)
+            target_params.lerp_(critic_adam.params, args.tau)  # target + tau (critic - target)
 
         # --- Log ---------------------------------------------------------------------------------
         if due and global_step >= next_log:
             next_log = global_step + LOG_EVERY
             for tag, metric in {
-                "losses/qf_loss": loss_critic,
-                "losses/actor_loss": loss_actor,
-                "losses/alpha_loss": loss_alpha,
+                "losses/qf_loss": critic_loss(q[..., 0], q_target),
+                "losses/actor_loss": actor_loss(q_pi[..., 0], log_prob, alpha),
+                "losses/alpha_loss": alpha_loss(alpha.log(), log_prob, target_entropy),
                 "losses/qf1_values": q[0].mean(),
                 "losses/qf2_values": q[1].mean(),
                 "losses/entropy": -log_prob.mean(),
@@ -534,7 +522,7 @@ def main(args: Args) -> dict:
         "critic": critic,
         "target": target,
         "log_alpha": log_alpha,
-        "optimizers": (actor_optimizer, critic_optimizer),
+        "adams": (actor_adam, critic_adam),
         "buffer": buffer,
     }
 
