@@ -3,12 +3,17 @@
     critic = MLP(layers, "relu")            # two networks, 23 inputs -> 64 -> 64 -> 1 output each
     adam = Adam(critic.tensors, learning_rate=3e-4)
     q, tape = critic.forward(x)             # x (256, 23) -> q (2, 256, 1)
-    critic.backward(tape, q_gradient)       # shaped like q; sets critic.w1.grad and the others
+    critic.backward(tape, q_gradient)       # shaped like q; sets critic.w1.grad and all others
     adam.step()
 
 At these sizes calling an operation costs more than its arithmetic, and autograd calls many: an
-update of SAC on Walker2d-v3 takes twice as long with it. The tests hold every gradient against
-autograd's.
+update of SAC on Walker2d-v3 takes twice as long with it. So the layers' gradients are written out
+here, the losses' beside each loss in sac.py and ppo.py, and the tests hold all of them against
+autograd's. A loss of your own does without:
+
+    with torch.inference_mode(False):       # training runs in inference mode, without autograd
+        q_free = q[..., 0].clone().requires_grad_()
+        (d_q,) = torch.autograd.grad(my_loss(q_free, q_target.clone()), q_free)
 """
 
 import math

@@ -218,7 +218,7 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 def gaussian_log_prob_gradient(
     action: Tensor, mean: Tensor, log_std: Tensor, d_log_prob: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of a loss by mean (B, k) and log_std (k,), from that by log_prob (B,)."""
+    """Back through the log_prob: from d_log_prob (B,) to mean (B, k) and to log_std (k,)."""
     std, d_log_prob = log_std.exp(), d_log_prob[:, None]
     standardised = (action - mean) / std
     d_log_std = d_log_prob * (standardised**2 - 1)
@@ -277,13 +277,13 @@ def clipped_policy_loss(ratio: Tensor, advantage: Tensor, clip_coef: float) -> T
 
 
 def clipped_policy_loss_gradient(ratio: Tensor, advantage: Tensor, clip_coef: float) -> Tensor:
-    """By ratio, (B,): none where the clipped ratio gives the minimum."""
+    """Of `clipped_policy_loss`, by ratio: (B,), 0 where the clipped ratio gives the minimum."""
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     return -advantage * (ratio * advantage <= clipped_ratio * advantage) / len(ratio)
 
 
 def value_loss_gradient(value: Tensor, ret: Tensor) -> Tensor:
-    """Of the mean squared error, by value: (B,) each -> (B,)."""
+    """Of the mean squared error, by value: value, ret (B,) -> (B,)."""
     return 2 * (value - ret) / len(value)
 
 

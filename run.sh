@@ -53,13 +53,13 @@ reference_runs() {
     local env seed
     for env in HalfCheetah-v3 Walker2d-v3; do
         for seed in 1 2; do
-            echo "experiments/sb3.py --algo sac --env $env --seed $seed --total-timesteps 100000"
+            echo "experiments/peers.py --lib sb3 --algo sac --env $env --seed $seed --total-timesteps 100000"
         done
         for seed in 1 2 3; do
-            echo "experiments/sb3.py --algo ppo --env $env --seed $seed --total-timesteps 300000"
+            echo "experiments/peers.py --lib sb3 --algo ppo --env $env --seed $seed --total-timesteps 300000"
         done
     done
-    echo "experiments/sb3.py --algo sac --env Humanoid-v3 --seed 1 --total-timesteps 100000"
+    echo "experiments/peers.py --lib sb3 --algo sac --env Humanoid-v3 --seed 1 --total-timesteps 100000"
 }
 
 # Storages side by side: SAC 100k steps, whose float64 and m = 2 are learning_runs, and PPO 200k.
@@ -110,8 +110,8 @@ reproduce)
     .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
     .venv/bin/python experiments/plot.py draw --results experiments/results
     .venv/bin/python memory.py --plot experiments/results/memory.png
-    .venv/bin/python experiments/speed.py --threads 1 --rounds 5 --steps-sac 1500 --steps-ppo 8192 \
-        --cells sac-Humanoid-v3 sac-Walker2d-v3 ppo-Walker2d-v3
+    .venv/bin/python experiments/speed.py
+    .venv/bin/python experiments/scaling.py
     ;;
 "")
     setup .venv requirements.txt

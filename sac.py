@@ -233,11 +233,8 @@ def uniform(count: int, *sizes: int) -> list[tuple[Tensor, Tensor]]:
     return layers
 
 
-# --- The policy: a Gaussian squashed by tanh, SB3 sac/policies.py:25 -----------------------------
-
-
-def gaussian(out: Tensor) -> tuple[Tensor, Tensor]:
-    """The actor's output (B, 2k) -> mean and log_std of u, both (B, k)."""
+def mean_and_log_std(out: Tensor) -> tuple[Tensor, Tensor]:
+    """The actor's output (B, 2k) -> mean and log_std of u, both (B, k). SB3 sac/policies.py:25."""
     mean, log_std = out.chunk(2, -1)
     return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
@@ -247,25 +244,33 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
     return torch.addcmul(mean, log_std.exp(), noise).tanh_()
 
 
-def squash_gradient(
-    out: Tensor, noise: Tensor, action: Tensor, d_action: Tensor, d_log_prob: Tensor
-) -> Tensor:
-    """Gradient of a loss by `out` (B, 2k), from those by action (B, k) and by log_prob (B,)."""
-    _, log_std = gaussian(out)
-    d_log_prob, d_tanh = d_log_prob[:, None], 1 - action**2
-    d_u = (d_action + 2 * d_log_prob * action / (d_tanh + SQUASH_EPS)) * d_tanh
-    inside = out.chunk(2, -1)[1] == log_std  # the clamp lets no gradient through
-    d_log_std = (d_u * log_std.exp() * noise - d_log_prob) * inside
-    return torch.cat([d_u, d_log_std], -1)
-
-
 def squashed_log_prob(noise: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """log pi(a|s) of a = tanh(u), u = mean + std * noise: (B, k) each -> (B,). SAC appendix C.
 
     In [-1, 1] units. SB3 distributions.py:229 evaluates the same density through (u - mean) / std.
     """
-    gaussian = -0.5 * (noise**2 + math.log(2 * math.pi)) - log_std
-    return (gaussian - torch.log(1 - action**2 + SQUASH_EPS)).sum(-1)
+    log_gaussian = -0.5 * (noise**2 + math.log(2 * math.pi)) - log_std
+    return (log_gaussian - torch.log(1 - action**2 + SQUASH_EPS)).sum(-1)
+
+
+def squash_gradient(
+    out: Tensor, noise: Tensor, action: Tensor, d_action: Tensor, d_log_prob: Tensor
+) -> Tensor:
+    """Back through the action and its log_prob, to the actor's output.
+
+    Args:
+        out: (B, 2k), what noise and action, (B, k) each, belong to.
+        d_action, d_log_prob: (B, k) and (B,), the gradient of a loss by each.
+
+    Returns:
+        (B, 2k), the gradient by `out`.
+    """
+    _, log_std = mean_and_log_std(out)
+    d_log_prob, slope = d_log_prob[:, None], 1 - action**2  # d tanh(u) / du
+    d_u = (d_action + 2 * d_log_prob * action / (slope + SQUASH_EPS)) * slope
+    inside = out.chunk(2, -1)[1] == log_std  # a clamped log_std has no gradient
+    d_log_std = (d_u * log_std.exp() * noise - d_log_prob) * inside
+    return torch.cat([d_u, d_log_std], -1)  # d u / d mean = 1
 
 
 def soft_q_target(
@@ -294,7 +299,7 @@ def critic_loss(q: Tensor, target: Tensor) -> Tensor:
 
 
 def critic_loss_gradient(q: Tensor, target: Tensor) -> Tensor:
-    """By q, (2, B)."""
+    """Of `critic_loss`, by q: (2, B)."""
     return (q - target) / len(target)
 
 
@@ -304,8 +309,8 @@ def actor_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
 
 
 def actor_loss_gradient(q: Tensor, log_prob: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """By q, (2, B), and by log_prob, (B,)."""
-    share = (torch.sign(q.flip(0) - q) + 1) / 2  # 1 for the smaller, 1/2 each where they are equal
+    """Of `actor_loss`, by q (2, B) and by log_prob (B,)."""
+    share = (torch.sign(q.flip(0) - q) + 1) / 2  # 1 for the smaller one, 1/2 each if equal
     return -share / len(log_prob), (alpha / len(log_prob)).expand_as(log_prob)
 
 
@@ -318,7 +323,7 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
 
 
 def alpha_loss_gradient(log_prob: Tensor, target_entropy: float) -> Tensor:
-    """By log_alpha, ()."""
+    """Of `alpha_loss`, by log_alpha: ()."""
     return -(log_prob + target_entropy).mean()
 
 
@@ -447,7 +452,7 @@ def main(args: Args) -> dict:
             # Actions for s in the first half of the rows, for s' in the second.
             out, actor_tape = actor.forward(batch.both_obs)
             noise = torch.randn(len(batch.both_obs), act_dim, device=device)
-            mean, log_std = gaussian(out[0])
+            mean, log_std = mean_and_log_std(out[0])
             actions = squash(mean, log_std, noise)
             log_probs = squashed_log_prob(noise, log_std, actions)
             (action, next_action), (log_prob, next_log_prob) = actions.chunk(2), log_probs.chunk(2)

@@ -95,8 +95,8 @@ def stored(buffer: sac.ReplayBuffer) -> dict[str, np.ndarray]:
     }
 
 
-@torch.no_grad()
-def visit(actor: sac.Actor, env_id: str, count: int, seed: int) -> np.ndarray:
+@torch.inference_mode()
+def visit(actor: sac.MLP, env_id: str, count: int, seed: int) -> np.ndarray:
     """(count, n) float64: what the policy sees while it acts, stochastically as in training."""
     env = envs.make(env_id)
     low, high = env.action_space.low, env.action_space.high
@@ -105,7 +105,9 @@ def visit(actor: sac.Actor, env_id: str, count: int, seed: int) -> np.ndarray:
     visited = np.empty((count, len(obs)), np.float64)
     for row in visited:
         row[:] = obs
-        action, _ = actor.sample(torch.from_numpy(obs)[None].to(torch.float32))
+        out, _ = actor.forward(torch.from_numpy(obs)[None].to(torch.float32))
+        mean, log_std = sac.mean_and_log_std(out[0])
+        action = sac.squash(mean, log_std, torch.randn_like(mean))
         action = low + (action[0].numpy() + 1) / 2 * (high - low)
         obs, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:

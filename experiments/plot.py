@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 BIN = 5_000  # environment steps
 TIME_LIMIT = 1_000  # steps of the longest episode of the four tasks
 TAG = "charts/episodic_return"
-SB3_NAME = re.compile(r"(?P<env>.+)__sb3-(?P<algo>ppo|sac)__seed(?P<seed>\d+)")  # see sb3.py
+SB3_NAME = re.compile(r"(?P<env>.+)__sb3-(?P<algo>ppo|sac)__seed(?P<seed>\d+)")  # see peers.py
 SB3_ROLLOUT = {"ppo": 2048, "sac": 1}  # steps at a time: SB3 finishes the last one, as we do
 MAY_DIFFER = {"quant_m", "storage", "pack", "drop_constant", "memory_budget"}
 MAY_DIFFER |= {"seed", "device", "eval_episodes", "run_dir", "run_name"}

@@ -290,31 +290,46 @@ def test_the_run_is_kept_beside_its_states_and_is_the_plain_float64_one(walker):
 
 
 class Constant:
-    """An actor that always answers 0.5 in [-1, 1], and remembers what it saw."""
+    """An actor with one mean and log_std for everything, which remembers what it saw."""
 
-    def __init__(self):
-        self.saw = []
+    def __init__(self, mean: float, log_std: float):
+        self.out, self.saw = torch.tensor([[[mean, log_std]]]), []
 
-    def sample(self, obs):
+    def forward(self, obs):
+        assert obs.dtype == torch.float32
         self.saw.append(obs[0].numpy())
-        return torch.full((1, 1), 0.5), None
+        return self.out, ()
 
 
 def test_visited_is_what_the_policy_acts_on():
-    actor = Constant()
+    actor = Constant(math.atanh(0.5), log_std=-20)  # in [-1, 1]; the noise is below float32's step
     visited = ablation.visit(actor, "Pendulum-v1", 450, seed=3)
     assert visited.dtype == np.float64 and (visited == np.array(actor.saw)).all()
+    half = torch.tensor([math.atanh(0.5)]).tanh().numpy()
+    assert half == pytest.approx(0.5)
     env = envs.make("Pendulum-v1")
     obs, _ = env.reset(seed=3)
     for i, row in enumerate(visited):
         assert (row == obs).all()
-        obs, *_ = env.step(np.array([1.0], np.float32))  # half of the torque's bound of 2
+        obs, *_ = env.step(-2 + (half + 1) / 2 * 4)  # 1, half of the torque's bound of 2
         if i in (199, 399):
             obs, _ = env.reset()
 
 
+def test_visits_act_as_stochastically_as_training(monkeypatch):
+    env, executed = envs.make("Pendulum-v1"), []
+    step = env.step
+    monkeypatch.setattr(env, "step", lambda action: executed.append(action.copy()) or step(action))
+    monkeypatch.setattr(envs, "make", lambda _: env)
+    ablation.visit(Constant(0.3, log_std=-1.0), "Pendulum-v1", 50, seed=3)
+    torch.manual_seed(3)
+    noise = np.array([torch.randn(1, 1).item() for _ in range(50)])
+    expected = 2 * np.tanh(0.3 + math.exp(-1) * noise)
+    np.testing.assert_allclose(np.concatenate(executed), expected, atol=1e-6)
+
+
 def test_visiting_again_visits_the_same():
-    actor = sac.Actor(3, 1, 8)
+    actor = sac.MLP(sac.uniform(1, 3, 8, 8, 2), "relu")
     first, again = (ablation.visit(actor, "Pendulum-v1", 30, seed=3) for _ in range(2))
     assert (first == again).all() and len(np.unique(first, axis=0)) == 30
 
@@ -398,6 +413,7 @@ def test_speed_csv_and_the_order_of_its_rounds(tmp_path, monkeypatch):
 
 def test_a_run_in_a_process_of_its_own():
     settings = {"env": "Pendulum-v1", "total_timesteps": 60, "quant_m": 2, "pack": True}
+    settings["hidden"] = 256  # for networks of 64 sac.py itself takes one thread
     result = ablation.train_afresh(settings, 2)
     assert (result["global_step"], result["threads"]) == (60, 2)
     assert "packed 15-bit" in result["storage"] and result["ms_per_step"] > 0

@@ -111,7 +111,7 @@ def test_allocated_sac_by_hand():
         "networks": 4 * (actor + critics + 1),
         "target networks": 4 * critics,
         "gradients": 4 * (actor + critics + 1),
-        "Adam moments": 2 * 4 * (actor + critics + 1) + 2 * 4,
+        "Adam moments": 2 * 4 * (actor + critics + 1),
         "decoded batch": 5 * (3 + 3 + 2 + 1) * 4 + 5,
     }
 
@@ -125,7 +125,7 @@ def test_allocated_ppo_by_hand():
         "buffer rest": 12 * (2 * 4 + 5 * 4 + 1),
         "networks": 4 * parameters,
         "gradients": 4 * parameters,
-        "Adam moments": 2 * 4 * parameters + 4,
+        "Adam moments": 2 * 4 * parameters,
         "decoded batch": 5 * (3 + 2 + 3) * 4,
     }
     # A rollout smaller than a minibatch is one minibatch.

@@ -1,6 +1,5 @@
 """SAC's maths against oracles, one whole update against a plain reimplementation, and learning."""
 
-import copy
 import math
 import re
 
@@ -16,9 +15,11 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 import envs
 import memory
 import sac
+from buffers import ReplayBatch
 from columns import LiveColumns, Rows
+from networks import MLP, Adam
 from quantize import Packed
-from sac import Actor, Args, TwinCritic
+from sac import Args
 
 
 def tiny(tmp_path, **changes) -> Args:
@@ -55,24 +56,26 @@ def test_squashed_log_prob_has_sb3s_form_where_tanh_saturates():
     torch.testing.assert_close(ours, expected)
 
 
-def test_sample_lies_in_the_unit_box_and_carries_gradients_to_every_weight():
+def test_actions_lie_in_the_unit_box_and_carry_gradients_to_every_weight():
     torch.manual_seed(0)
-    actor = Actor(5, 2, 8)
-    action, log_prob = actor.sample(torch.randn(64, 5) * 10)
-    assert action.shape == (64, 2) and log_prob.shape == (64,)
+    actor, noise = MLP(sac.uniform(1, 5, 8, 8, 4), "relu"), torch.randn(64, 2)
+    Adam(actor.tensors, learning_rate=0.0)
+    out, tape = actor.forward(torch.randn(64, 5) * 10)
+    mean, log_std = sac.mean_and_log_std(out[0])
+    action = sac.squash(mean, log_std, noise)
+    assert action.shape == (64, 2)
+    assert sac.squashed_log_prob(noise, log_std, action).shape == (64,)
     assert action.abs().max() <= 1
-    (action.sum() + log_prob.sum()).backward()
-    assert all(p.grad.abs().sum() > 0 for p in actor.parameters())
+    d_out = sac.squash_gradient(out[0], noise, action, torch.ones(64, 2), torch.ones(64))
+    actor.backward(tape, d_out[None])
+    assert all(p.grad.abs().sum() > 0 for p in actor.tensors)
 
 
-def test_log_std_is_clamped():
-    actor = Actor(1, 1, 4)
-    with torch.no_grad():
-        actor.net[-1].bias[1] = 100.0
-    assert actor(torch.zeros(1, 1))[1].item() == 2.0
-    with torch.no_grad():
-        actor.net[-1].bias[1] = -100.0
-    assert actor(torch.zeros(1, 1))[1].item() == -20.0
+def test_the_actors_output_is_mean_and_clamped_log_std():
+    out = torch.tensor([[5.0, -300.0, 100.0, -100.0], [0.1, 0.2, 0.3, -0.4]])
+    mean, log_std = sac.mean_and_log_std(out)
+    assert torch.equal(mean, out[:, :2])
+    assert log_std.tolist() == [[2.0, -20.0], pytest.approx([0.3, -0.4])]
 
 
 def test_soft_q_target_bootstraps_at_truncation_but_not_at_termination():
@@ -110,138 +113,300 @@ def test_alpha_rises_exactly_while_entropy_is_below_its_target(entropy, rises):
     sac.alpha_loss(log_alpha, log_prob, target_entropy=-3.0).backward()
     assert (log_alpha.grad < 0) == rises  # descent raises what has a negative gradient
     assert log_prob.grad is None
+    assert (sac.alpha_loss_gradient(log_prob, -3.0) < 0) == rises
+
+
+# --- Gradients: in float64, against autograd's ---------------------------------------------------
+
+
+def assert_equal_gradients(ours, theirs, rtol: float = 1e-12) -> None:
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine.dtype == torch.float64
+        torch.testing.assert_close(mine, expected, rtol=rtol, atol=rtol / 100)
+
+
+def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return scale * torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("upstream", ["both", "action", "log_prob"])
+def test_squash_gradient_equals_autograds(scale, upstream):
+    torch.manual_seed(0)
+    mean, log_std = randn(300, 3, scale=scale), randn(300, 3, scale=0.7) - 1
+    log_std[::7] = 2 + 5 * torch.rand(43, 3)  # the clamp gives 2
+    log_std[1::7] = -20 - 5 * torch.rand(43, 3)
+    log_std[2], log_std[3] = 2, -20  # on the clamp, which lets these through, as torch has it
+    out, noise = torch.cat([mean, log_std], 1).requires_grad_(), randn(300, 3)
+    d_action, d_log_prob = randn(300, 3), randn(300)
+    d_action *= upstream != "log_prob"
+    d_log_prob *= upstream != "action"
+
+    action = torch.tanh(out[:, :3] + out[:, 3:].clamp(-20, 2).exp() * noise)
+    log_prob = sac.squashed_log_prob(noise, out[:, 3:].clamp(-20, 2), action)
+    loss = (d_action * action).sum() + (d_log_prob * log_prob).sum()
+    expected = torch.autograd.grad(loss, out)
+    out, action = out.detach(), action.detach()
+    assert (action.abs() == 1).any() and (action.abs() < 0.9).any()
+    torch.testing.assert_close(sac.squash(*sac.mean_and_log_std(out), noise), action)
+    ours = sac.squash_gradient(out, noise, action, d_action, d_log_prob)
+    assert_equal_gradients([ours], expected, rtol=1e-7)  # 1 - a^2 has lost digits where it is small
+    single = [value.float() for value in (out, noise, action, d_action, d_log_prob)]
+    assert torch.isfinite(sac.squash_gradient(*single)).all()
+
+
+def some_q(batch_size: int) -> torch.Tensor:
+    """(2, B) in which every fifth pair is equal."""
+    torch.manual_seed(batch_size)
+    q = randn(2, batch_size)
+    q[1, ::5] = q[0, ::5]
+    return q.requires_grad_()
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_critic_loss_gradient_equals_autograds(batch_size):
+    q, target = some_q(batch_size), randn(batch_size)
+    expected = torch.autograd.grad(sac.critic_loss(q, target), q)
+    assert_equal_gradients([sac.critic_loss_gradient(q.detach(), target)], expected)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 7.0])
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_actor_loss_gradient_equals_autograds(batch_size, alpha):
+    q, log_prob = some_q(batch_size), randn(batch_size).requires_grad_()
+    alpha = torch.tensor(alpha, dtype=torch.float64)
+    expected = torch.autograd.grad(sac.actor_loss(q, log_prob, alpha), (q, log_prob))
+    ours = sac.actor_loss_gradient(q.detach(), log_prob.detach(), alpha)
+    assert_equal_gradients(ours, expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_alpha_loss_gradient_equals_autograds(batch_size):
+    torch.manual_seed(0)
+    log_prob = randn(batch_size)
+    log_alpha = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(sac.alpha_loss(log_alpha, log_prob, -3.0), log_alpha)
+    assert_equal_gradients([sac.alpha_loss_gradient(log_prob, -3.0)], expected)
+
+
+def test_the_actors_whole_gradient_equals_autograds():
+    """alpha log pi(a|s) - min_i Q_i(s, a), through log_prob and through both critics."""
+    torch.manual_seed(0)
+    actor, critic = MLP(sac.uniform(1, 5, 8, 8, 4), "relu"), MLP(sac.uniform(2, 7, 8, 8, 1), "relu")
+    actor, critic = in_float64(actor), in_float64(critic)
+    adam, obs, noise = Adam(actor.tensors, 0.0), randn(64, 5), randn(64, 2)
+    (plain_actor,), plain_critics = separate(actor), separate(critic)
+    alpha = torch.tensor(0.3, dtype=torch.float64)
+
+    mean, log_std = plain_actor(obs).chunk(2, 1)
+    action = torch.tanh(mean + log_std.exp() * noise)
+    log_prob = sac.squashed_log_prob(noise, log_std, action)
+    q = torch.stack([net(torch.cat([obs, action], 1))[:, 0] for net in plain_critics])
+    sac.actor_loss(q, log_prob, alpha).backward()
+
+    (out,), tape = actor.forward(obs)
+    action = sac.squash(*sac.mean_and_log_std(out), noise)
+    q, critic_tape = critic.forward(torch.cat([obs, action], 1))
+    d_q, d_log_prob = sac.actor_loss_gradient(q[..., 0], log_prob.detach(), alpha)
+    d_action = critic.input_gradient(critic_tape, d_q[..., None], start=5)
+    actor.backward(tape, sac.squash_gradient(out, noise, action, d_action, d_log_prob)[None])
+    expected = torch.cat([gradient.flatten() for gradient in gradients_of(plain_actor)])
+    torch.testing.assert_close(adam.gradient, expected, rtol=1e-11, atol=1e-13)
+
+
+def by_autograd(q: torch.Tensor, q_target: torch.Tensor) -> torch.Tensor:
+    """What README tells those who change the loss and do not want to derive its gradient."""
+    with torch.inference_mode(False):
+        q = q.clone().requires_grad_()
+        (d_q,) = torch.autograd.grad(sac.critic_loss(q, q_target.clone()), q)
+    return d_q
+
+
+@torch.inference_mode()
+def test_autograd_helps_out_within_inference_mode():
+    torch.manual_seed(0)
+    q, q_target = torch.randn(2, 32), torch.randn(32)
+    assert q.is_inference() and q_target.is_inference()
+    torch.testing.assert_close(by_autograd(q, q_target), sac.critic_loss_gradient(q, q_target))
+    assert not q.requires_grad and torch.is_inference_mode_enabled()
+
+
+def test_a_run_with_a_gradient_by_autograd_ends_with_the_same_weights(tmp_path, monkeypatch):
+    expected = sac.main(tiny(tmp_path))
+    monkeypatch.setattr(sac, "critic_loss_gradient", by_autograd)
+    trained = sac.main(tiny(tmp_path))
+    for name in ("actor", "critic", "target"):
+        for ours, theirs in zip(trained[name].tensors, expected[name].tensors, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 # --- The networks --------------------------------------------------------------------------------
 
 
-def test_twin_critic_equals_two_separate_networks():
+def test_networks_start_like_torchs_linear():
     torch.manual_seed(0)
-    critic = TwinCritic(5, 2, 8)
-    obs, action = torch.randn(16, 5), torch.randn(16, 2)
-    for i in range(2):
-        layers = (
-            (torch.cat([critic.w_obs[i], critic.w_act[i]]), critic.b1[i]),
-            (critic.w2[i], critic.b2[i]),
-            (critic.w3[i], critic.b3[i]),
-        )
-        x = torch.cat([obs, action], 1)
-        for j, (weight, bias) in enumerate(layers):
-            x = F.linear(x, weight.T, bias[0])
-            x = x.relu() if j < 2 else x
-        torch.testing.assert_close(critic(obs, action)[i], x[:, 0])
+    layers = sac.uniform(2, 100, 64, 64, 1)
+    shapes = [tuple(tensor.shape) for layer in layers for tensor in layer]
+    assert shapes == [(2, 100, 64), (2, 1, 64), (2, 64, 64), (2, 1, 64), (2, 64, 1), (2, 1, 1)]
+    for (weight, bias), fan_in in zip(layers, (100, 64, 64), strict=True):
+        bound = fan_in**-0.5
+        for tensor in (weight, bias):
+            assert tensor.abs().max() <= bound
+            assert tensor.abs().max() > 0.9 * bound or tensor.numel() == 2
+            if tensor.numel() > 1000:  # the standard deviation of a uniform distribution
+                assert tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert not torch.equal(weight[0], weight[1]) and not torch.equal(bias[0], bias[1])
 
 
-def test_twin_critic_starts_like_torchs_linear():
-    torch.manual_seed(0)
-    critic = TwinCritic(90, 10, 64)
-    for name, fan_in in {
-        "w_obs": 100,
-        "w_act": 100,
-        "b1": 100,
-        "w2": 64,
-        "b2": 64,
-        "w3": 64,
-    }.items():
-        weight, bound = getattr(critic, name), fan_in**-0.5
-        assert weight.abs().max() <= bound
-        assert weight.abs().max() > 0.9 * bound
-        if weight.numel() > 1000:  # the standard deviation of a uniform distribution
-            assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
-    assert not torch.equal(critic.w2[0], critic.w2[1])
+def initial(args: Args) -> tuple[MLP, MLP]:
+    """Actor and critic as main starts them, on Pendulum; torch's generator stands right after."""
+    torch.manual_seed(args.seed)
+    layers = sac.uniform(1, 3, args.hidden, args.hidden, 2)
+    return MLP(layers, "relu"), MLP(sac.uniform(2, 4, args.hidden, args.hidden, 1), "relu")
 
 
-def test_flatten_gives_views_and_adam_the_same_steps():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-    twin = copy.deepcopy(net)
-    flat = sac.flatten([*net.parameters()])
-    one = torch.optim.Adam([flat], lr=0.01, fused=True)
-    many = torch.optim.Adam(twin.parameters(), lr=0.01)
-    for _ in range(5):
-        x = torch.randn(8, 3)
-        flat.grad.zero_()
-        (net(x) ** 2).mean().backward()
-        one.step()
-        many.zero_grad()
-        (twin(x) ** 2).mean().backward()
-        many.step()
-    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-        assert ours.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
-        assert ours.grad.untyped_storage().data_ptr() == flat.grad.untyped_storage().data_ptr()
+def in_float64(mlp: MLP) -> MLP:
+    pairs = zip(mlp.tensors[::2], mlp.tensors[1::2], strict=True)
+    return MLP([(weight.double(), bias.double()) for weight, bias in pairs], "relu")
+
+
+def separate(mlp: MLP) -> list[nn.Sequential]:
+    """Plain networks with the same weights, for autograd. Draws no random number."""
+    layers, nets = list(zip(mlp.tensors[::2], mlp.tensors[1::2], strict=True)), []
+    for i in range(len(mlp.w1)):
+        net = nn.Sequential()
+        for weight, bias in layers:
+            linear = nn.utils.skip_init(nn.Linear, *weight.shape[1:], dtype=weight.dtype)
+            linear.weight.data.copy_(weight[i].T)
+            linear.bias.data.copy_(bias[i, 0])
+            net.extend([linear, nn.ReLU()])
+        nets.append(net[:-1])
+    return nets
+
+
+def in_mlps_shape(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of a Linear's weights (outputs, inputs) and biases, in turn, as one network of an MLP."""
+    return [value.T if value.ndim == 2 else value[None] for value in values]
+
+
+def gradients_of(net: nn.Sequential) -> list[torch.Tensor]:
+    return in_mlps_shape([p.grad for p in net.parameters()])
+
+
+def assert_same_networks(mlp: MLP, nets: list[nn.Sequential], gradients: bool) -> None:
+    """Equal weights, and equal gradients of the last update."""
+    for i, net in enumerate(nets):
+        weights = in_mlps_shape([p.detach() for p in net.parameters()])
+        for ours, theirs in zip(mlp.tensors, weights, strict=True):
+            torch.testing.assert_close(ours[i], theirs, atol=1e-6, rtol=1e-5)
+        if gradients:
+            for ours, theirs in zip(mlp.tensors, gradients_of(net), strict=True):
+                torch.testing.assert_close(ours.grad[i], theirs, atol=1e-6, rtol=1e-4)
 
 
 # --- The loop ------------------------------------------------------------------------------------
 
 
-def plain_actor(weights: dict, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x = F.linear(obs, weights["net.0.weight"], weights["net.0.bias"]).relu()
-    x = F.linear(x, weights["net.2.weight"], weights["net.2.bias"]).relu()
-    out = F.linear(x, weights["net.4.weight"], weights["net.4.bias"])
-    k = out.shape[1] // 2
-    return out[:, :k], out[:, k:].clamp(-20, 2)
+@pytest.mark.parametrize(
+    ("changes", "clamp"),
+    [
+        ({}, (-20, 2)),
+        ({"num_envs": 2, "gradient_steps": 3, "quant_act": True}, (-20, 2)),
+        ({}, (-0.15, -0.1)),  # of log_std, which goes from -0.21 to -0.05: both sides bite
+    ],
+)
+def test_updates_equal_a_plain_reimplementation_of_sb3s_order(
+    tmp_path, monkeypatch, changes, clamp
+):
+    """Updates with autograd and three Adams over separate networks, in SB3's order.
 
-
-def test_updates_equal_a_plain_reimplementation_of_sb3s_order(tmp_path, monkeypatch):
-    """Three updates with three Adams over separate tensors, in SB3's order."""
-    batches = []
+    Adam forgives a wrong factor in a gradient, so the last update's gradients are compared as well.
+    """
+    batches, executed, seen = [], [], []
 
     class Recording(sac.ReplayBuffer):
+        def start(self, obs, mask):
+            super().start(obs, mask)
+            seen.append(obs)
+
+        def add(self, action, reward, next_obs, terminated, truncated):
+            super().add(action, reward, next_obs, terminated, truncated)
+            executed.append(action)
+            seen.append(next_obs)
+
         def sample(self, batch_size):
             batches.append(super().sample(batch_size))
             return batches[-1]
 
     monkeypatch.setattr(sac, "ReplayBuffer", Recording)
-    args = tiny(tmp_path, total_timesteps=43, learning_starts=40, quant_m=2, tau=0.1)
+    for name, bound in zip(("LOG_STD_MIN", "LOG_STD_MAX"), clamp, strict=True):
+        monkeypatch.setattr(sac, name, bound)
+    defaults = {"total_timesteps": 46, "learning_starts": 40, "quant_m": 2, "tau": 0.1}
+    args = tiny(tmp_path, **defaults, **changes)
     trained = sac.main(args)
-    assert len(batches) == 3
+    n = args.num_envs
+    assert len(batches) == 6 * args.gradient_steps
+    assert len(seen) == 1 + 46 // n  # no episode ends so early
 
-    torch.manual_seed(args.seed)
-    actor, critic = Actor(3, 1, 8), TwinCritic(3, 1, 8)
-    target = copy.deepcopy(critic)
+    mlps = initial(args)
+    (actor,), critics, targets = separate(mlps[0]), separate(mlps[1]), separate(mlps[1])
     log_alpha = torch.zeros((), requires_grad=True)
-    optimizers = [
-        torch.optim.Adam(parameters, lr=args.learning_rate)
-        for parameters in ([*actor.parameters()], [*critic.parameters()], [log_alpha])
-    ]
+    critic_parameters = [p for net in critics for p in net.parameters()]
+    groups = [*actor.parameters()], critic_parameters, [log_alpha]
+    optimizers = [torch.optim.Adam(parameters, lr=args.learning_rate) for parameters in groups]
 
-    def sample(obs):
-        mean, log_std = plain_actor(dict(actor.named_parameters()), obs)
-        pre_tanh = mean + log_std.exp() * torch.randn_like(mean)
+    def sample(obs, noise):
+        mean, log_std = actor(obs).chunk(2, 1)
+        log_std = log_std.clamp(*clamp)
+        pre_tanh = mean + log_std.exp() * noise
         action = pre_tanh.tanh()
         log_prob = Normal(mean, log_std.exp()).log_prob(pre_tanh) - torch.log(1 - action**2 + 1e-6)
         return action, log_prob.sum(1)
 
-    def step(optimizer, loss):
-        for one in optimizers:
-            one.zero_grad()
-        loss.backward()
-        optimizer.step()
+    def smaller(nets, obs, action):
+        x = torch.cat([obs, action], 1)
+        return torch.min(nets[0](x), nets[1](x))[:, 0]
 
-    for batch in batches:
-        torch.randn(1, 1)  # the step in the environment before this update
-        action, log_prob = sample(batch.obs)
-        alpha = log_alpha.exp().item()
-        entropy_gap = (log_prob - 1.0).detach()  # target entropy is -1, the number of actions
-        log_alpha_loss = -(log_alpha * entropy_gap).mean()
-        with torch.no_grad():
-            next_action, next_log_prob = sample(batch.next_obs)
-            next_value = target(batch.next_obs, next_action).min(0).values - alpha * next_log_prob
-            y = batch.reward + args.gamma * (1 - batch.terminated.float()) * next_value
-        q1, q2 = critic(batch.obs, batch.action)
-        step(optimizers[1], 0.5 * (F.mse_loss(q1, y) + F.mse_loss(q2, y)))
-        q = critic(batch.obs, action).min(0).values
-        step(optimizers[0], (alpha * log_prob - q).mean())
-        step(optimizers[2], log_alpha_loss)
-        with torch.no_grad():
-            for old, new in zip(target.parameters(), critic.parameters(), strict=True):
-                old.copy_((1 - args.tau) * old + args.tau * new)
+    def step(i, loss):
+        gradients = torch.autograd.grad(loss, groups[i], retain_graph=True)
+        for parameter, gradient in zip(groups[i], gradients, strict=True):
+            parameter.grad = gradient
+        optimizers[i].step()
 
-    for name, plain in {"actor": actor, "critic": critic, "target": target}.items():
-        for ours, theirs in zip(trained[name].parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(trained["log_alpha"].detach(), log_alpha.detach())
+    upcoming = iter(batches)
+    for t in range(40 // n, 46 // n):
+        obs = torch.tensor(seen[t], dtype=torch.float32)
+        if args.quant_act:  # m = 2
+            obs = torch.tensor(np.round(seen[t].astype(np.float64), 2), dtype=torch.float32)
+        with torch.no_grad():
+            action, _ = sample(obs, torch.randn(n, 1))
+        np.testing.assert_allclose(executed[t], action, atol=1e-5)
+        for _ in range(n * args.gradient_steps):
+            batch = ReplayBatch(*(field.clone() for field in next(upcoming)))
+            noise, next_noise = torch.randn(32, 1).chunk(2)
+            action, log_prob = sample(batch.obs, noise)
+            alpha = log_alpha.exp().item()
+            entropy_gap = (log_prob - 1.0).detach()  # target entropy is -1, minus the actions
+            log_alpha_loss = -(log_alpha * entropy_gap).mean()
+            with torch.no_grad():
+                next_action, next_log_prob = sample(batch.next_obs, next_noise)
+                next_value = smaller(targets, batch.next_obs, next_action) - alpha * next_log_prob
+                y = batch.reward + args.gamma * (1 - batch.terminated.float()) * next_value
+            q1, q2 = (net(torch.cat([batch.obs, batch.action], 1))[:, 0] for net in critics)
+            step(1, 0.5 * (F.mse_loss(q1, y) + F.mse_loss(q2, y)))
+            q = smaller(critics, batch.obs, action)
+            step(0, (alpha * log_prob - q).mean())
+            step(2, log_alpha_loss)
+            with torch.no_grad():
+                parameters = [p for net in targets for p in net.parameters()]
+                for old, new in zip(parameters, critic_parameters, strict=True):
+                    old.copy_((1 - args.tau) * old + args.tau * new)
+
+    assert_same_networks(trained["actor"], [actor], gradients=True)
+    assert_same_networks(trained["critic"], critics, gradients=True)
+    assert_same_networks(trained["target"], targets, gradients=False)
+    torch.testing.assert_close(trained["log_alpha"], log_alpha.detach())
+    torch.testing.assert_close(trained["log_alpha"].grad, log_alpha.grad, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -258,23 +423,19 @@ def test_updates_equal_a_plain_reimplementation_of_sb3s_order(tmp_path, monkeypa
 def test_a_run_updates_every_parameter(tmp_path, changes):
     args = tiny(tmp_path, total_timesteps=90, **changes)
     trained = sac.main(args)
-    torch.manual_seed(args.seed)
-    initial = {"actor": Actor(3, 1, 8), "critic": TwinCritic(3, 1, 8)}
-    for name, network in initial.items():
-        for before, after in zip(network.parameters(), trained[name].parameters(), strict=True):
+    for name, network in zip(("actor", "critic"), initial(args), strict=True):
+        for before, after in zip(network.tensors, trained[name].tensors, strict=True):
             assert torch.isfinite(after).all()
             assert not torch.equal(before, after)
-    for online, target in zip(
-        trained["critic"].parameters(), trained["target"].parameters(), strict=True
-    ):
+    for online, target in zip(trained["critic"].tensors, trained["target"].tensors, strict=True):
         assert not torch.equal(online, target)
     assert trained["log_alpha"].item() != 0
     assert trained["buffer"].size == trained["result"]["global_step"] == 90
 
 
 def test_one_update_per_transition_for_any_number_of_envs(tmp_path, monkeypatch):
-    calls, critic_loss = [], sac.critic_loss
-    monkeypatch.setattr(sac, "critic_loss", lambda q, y: calls.append(1) or critic_loss(q, y))
+    calls, gradient = [], sac.critic_loss_gradient
+    monkeypatch.setattr(sac, "critic_loss_gradient", lambda *qs: calls.append(1) or gradient(*qs))
     sac.main(tiny(tmp_path, total_timesteps=100, learning_starts=40, num_envs=1))
     assert len(calls) == 60
     calls.clear()
@@ -310,7 +471,7 @@ def test_quantised_run_learns_from_rounded_observations_only(tmp_path):
 
 def test_same_seed_same_weights_and_another_seed_others(tmp_path):
     weights = [
-        torch.cat([p.flatten() for p in sac.main(tiny(tmp_path, seed=seed))["actor"].parameters()])
+        torch.cat([p.flatten() for p in sac.main(tiny(tmp_path, seed=seed))["actor"].tensors])
         for seed in (1, 1, 2)
     ]
     assert torch.equal(weights[0], weights[1])
@@ -326,9 +487,9 @@ def test_allocated_ledger_equals_the_tensors_of_a_run(tmp_path, changes):
     def size(tensors):
         return sum(t.nbytes for t in tensors)
 
-    parameters = [*trained["actor"].parameters(), *trained["critic"].parameters()]
-    parameters.append(trained["log_alpha"])
-    states = [s for o in trained["optimizers"] for s in o.state.values()]
+    parameters = [*trained["actor"].tensors, *trained["critic"].tensors, trained["log_alpha"]]
+    target = trained["target"].tensors
+    held = [v for adam in trained["adams"] for v in vars(adam).values() if torch.is_tensor(v)]
     ledger = memory.allocated_sac(
         buffer.codec, obs_dim=3, act_dim=1, hidden=8, buffer_size=500,
         num_envs=args.num_envs, batch_size=16,
@@ -336,10 +497,11 @@ def test_allocated_ledger_equals_the_tensors_of_a_run(tmp_path, changes):
     assert ledger["buffer observations"] == buffer.obs.nbytes
     assert ledger["buffer observations"] + ledger["buffer rest"] == buffer.nbytes
     assert ledger["networks"] == size(parameters)
-    assert ledger["target networks"] == size(trained["target"].parameters())
-    assert all(p.grad is None for p in trained["target"].parameters())
+    assert ledger["target networks"] == size(target)
+    assert all(p.grad is None for p in target)
     assert ledger["gradients"] == size(p.grad for p in parameters)
-    assert ledger["Adam moments"] == size(t for state in states for t in state.values())
+    assert ledger["Adam moments"] == size(t for a in trained["adams"] for t in (a.mean, a.square))
+    assert size(held) == ledger["networks"] + ledger["gradients"] + ledger["Adam moments"]
     assert ledger["decoded batch"] == size(buffer.sample(16))
 
 
@@ -370,9 +532,9 @@ def lossless_run(tmp_path, monkeypatch, **changes) -> tuple[dict, list[torch.Ten
     (run_dir,) = tmp_path.iterdir()
     learned = [trained["log_alpha"]]
     for name in ("actor", "critic", "target"):
-        learned += trained[name].parameters()
-    for optimizer in trained["optimizers"]:
-        learned += [value for state in optimizer.state.values() for value in state.values()]
+        learned += trained[name].tensors
+    for adam in trained["adams"]:
+        learned += [adam.mean, adam.square]
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     logged = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
@@ -443,12 +605,12 @@ def test_a_budget_sizes_the_buffer_to_what_is_left_of_it(tmp_path, changes, num_
     args = tiny(tmp_path, num_envs=num_envs, **changes)
     args.buffer_size, args.memory_budget = Args.buffer_size, "0.25MB"
     trained = sac.main(args)
-    buffer, target = trained["buffer"], [*trained["target"].parameters()]
-    parameters = [*trained["actor"].parameters(), *trained["critic"].parameters()]
-    parameters.append(trained["log_alpha"])
-    tensors = [*parameters, *(p.grad for p in parameters), *target, *buffer.sample(16)]
-    for optimizer in trained["optimizers"]:
-        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    buffer = trained["buffer"]
+    parameters = [*trained["actor"].tensors, *trained["critic"].tensors, trained["log_alpha"]]
+    tensors = [*parameters, *(p.grad for p in parameters), *buffer.sample(16)]
+    tensors += trained["target"].tensors
+    for adam in trained["adams"]:
+        tensors += [adam.mean, adam.square]
     whole = buffer.nbytes + sum(tensor.nbytes for tensor in tensors)
     width, dtype = buffer.codec.row(3)
     row = width * dtype.itemsize + 4 + 4 + 2  # observation, action, reward, flags
@@ -458,7 +620,7 @@ def test_a_budget_sizes_the_buffer_to_what_is_left_of_it(tmp_path, changes, num_
     args.buffer_size = num_envs * (buffer.rows - 1)
     again = sac.main(args)
     assert again["buffer"].nbytes == buffer.nbytes
-    for one, other in zip(trained["actor"].parameters(), again["actor"].parameters(), strict=True):
+    for one, other in zip(trained["actor"].tensors, again["actor"].tensors, strict=True):
         assert torch.equal(one, other)
 
 

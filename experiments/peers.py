@@ -1,0 +1,95 @@
+"""Stable-Baselines3 and SBX on `envs.py`'s tasks, in float64: what ours is held against.
+
+    python experiments/peers.py --lib sb3 --algo sac --env Walker2d-v3 --total-timesteps 100000
+
+Runs in a virtual environment of its own (`requirements-bench.txt`; `run.sh reproduce` makes it,
+and so does `speed.py`). Both libraries' defaults are the paper's Table II, as ours are; given are
+only the networks, two hidden layers of --hidden each. Writes `charts/episodic_return` as our
+scripts do, so that `plot.py` reads both the same way, and `charts/SPS` where they do, for
+`speed.py`. What no argument changes: both take statistics of every minibatch, ours of the last
+one only; SBX's PPO clips the gradients of policy and value function apart and does not start from
+orthogonal weights.
+"""
+
+import argparse
+import sys
+import time
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor
+from torch.utils.tensorboard import SummaryWriter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import envs
+
+LIBRARIES = {  # --lib: module, packages whose versions are printed
+    "sb3": ("stable_baselines3", ("stable-baselines3", "torch")),
+    "sbx": ("sbx", ("sbx-rl", "jax", "stable-baselines3", "torch")),
+}
+LOG_EVERY = 1000  # steps between two entries of the speed, for SAC, as in sac.py
+
+
+class Log(BaseCallback):
+    """Writes every finished episode's raw return at its last step, and the speed where ours do."""
+
+    def __init__(self, writer: SummaryWriter, algo: str):
+        super().__init__()
+        self.writer, self.algo, self.start = writer, algo, time.perf_counter()
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                self.writer.add_scalar(
+                    "charts/episodic_return", info["episode"]["r"], self.num_timesteps
+                )
+        if self.algo == "sac" and self.num_timesteps % LOG_EVERY == 0:
+            self.log_speed()
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.algo == "ppo" and self.num_timesteps:  # an update has just ended
+            self.log_speed()
+
+    def _on_training_end(self) -> None:
+        if self.algo == "ppo":
+            self.log_speed()
+
+    def log_speed(self) -> None:
+        speed = self.num_timesteps / (time.perf_counter() - self.start)
+        self.writer.add_scalar("charts/SPS", speed, self.num_timesteps)
+
+
+def main(args: argparse.Namespace) -> None:
+    env = Monitor(envs.make(args.env))
+    name = f"{args.env}__{args.lib}-{args.algo}__seed{args.seed}"
+    folder = Path(args.run_dir) / name
+    folder.mkdir(parents=True)  # never two runs in one folder
+    writer = SummaryWriter(str(folder))
+    module, packages = LIBRARIES[args.lib]
+    options = {"seed": args.seed, "policy_kwargs": {"net_arch": [args.hidden, args.hidden]}}
+    if (args.lib, args.algo) == ("sb3", "ppo"):
+        options["device"] = "cpu"  # SB3 warns that it is slower on a GPU
+    model = getattr(import_module(module), args.algo.upper())("MlpPolicy", env, **options)
+    model.set_logger(Logger(None, []))  # as silent as the default, which leaves a folder in /tmp
+    start = time.perf_counter()
+    model.learn(args.total_timesteps, callback=Log(writer, args.algo))
+    writer.close()
+    ms = (time.perf_counter() - start) / args.total_timesteps * 1000
+    print(f"{name}: {args.total_timesteps:,} steps, {ms:.4f} ms/step")
+    print(", ".join(f"{package} {version(package)}" for package in packages))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lib", choices=LIBRARIES, required=True)
+    parser.add_argument("--algo", choices=["ppo", "sac"], required=True)
+    parser.add_argument("--env", required=True)
+    parser.add_argument("--hidden", type=int, default=64, help="width of both hidden layers")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--total-timesteps", type=int, default=100_000)
+    parser.add_argument("--run-dir", default="runs")
+    main(parser.parse_args())

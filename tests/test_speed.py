@@ -1,0 +1,468 @@
+"""experiments/speed.py and scaling.py on synthetic measurements: nothing here asserts a time."""
+
+import csv
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+
+import ppo
+import sac
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import scaling
+import speed
+
+CELL = "sac-64-Walker2d-v3"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(text: str, first: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The Markdown table whose head begins with these words: {first two cells: {head: cell}}."""
+    lines = [[c.strip() for c in line[1:-1].split("|")] for line in text.splitlines()]
+    (start,) = (i for i, line in enumerate(lines) if " | ".join(line).startswith(first))
+    head, found = lines[start], {}
+    for line in lines[start + 2 :]:
+        if len(line) != len(head):
+            break
+        found[line[0], line[1]] = dict(zip(head, line, strict=True))
+    return found
+
+
+def fails(capsys, script, *argv: object) -> str:
+    """The one line that bad input leaves on stderr, before anything is measured."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(script, "run_rounds", lambda args: pytest.fail("measures"))
+        script.main([*map(str, argv)])
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def write(path: Path, times: dict[tuple[str, str], list[float | str]]) -> Path:
+    """speed.csv: of each cell and variant the ms of every round, or why it failed."""
+    rows = []
+    for (cell, variant), each in times.items():
+        for number, ms in enumerate(each, 1):
+            row = {"round": number, "cell": cell, "hidden": 64, "variant": variant, "cores": 1}
+            row |= {"failed": ms} if isinstance(ms, str) else {"ms_per_step": ms}
+            if variant not in ("floor", ms):
+                row["seconds_to_window"] = 10 * number
+            rows.append(row | {"versions": f"of {variant}", "cpu": "Abacus"})
+    speed.write_csv(path, speed.COLUMNS, rows)
+    return path
+
+
+# ---- the floor ----
+
+
+@pytest.mark.parametrize("n, k, h, b", [(17, 6, 64, 256), (376, 17, 256, 32), (3, 1, 5, 2)])
+def test_operations_of_an_update_match_the_formula(n, k, h, b):
+    def operations(algo):
+        return sum(2 * np.prod(shape) for shape in speed.products(algo, n, k, h, b))
+
+    actor, critic = n * h + h * h + h * 2 * k, (n + k) * h + h * h + h  # weights
+    sac = 2 * b * actor + 3 * 2 * b * critic  # forward: actor on two batches, 3 times two critics
+    sac += b * (2 * actor - n * h)  # back: twice the forward, less the gradient by the inputs
+    sac += 2 * b * (2 * critic - (n + k) * h)
+    sac += 2 * b * (critic - n * h)  # to the actions: no weights, and none of the observation
+    assert operations("sac") == 2 * sac
+    policy, value = n * h + h * h + h * k, n * h + h * h + h
+    assert operations("ppo") == 2 * b * (3 * (policy + value) - 2 * n * h)
+
+
+@pytest.mark.parametrize("cell, networks", [("sac-64-Walker2d-v3", 1), ("ppo-64-Walker2d-v3", 2)])
+def test_the_floor_adds_up_what_a_step_needs(monkeypatch, cell, networks):
+    asked = []
+    monkeypatch.setattr(speed, "time_products", lambda shapes: asked.append(shapes) or 1e6)
+    ms = speed.floor(cell, steps=3)
+    acting, learning = sorted(asked, key=len)
+    assert len(acting) == 3 * networks and {shape[1] for shape in acting} == {1}
+    batch = {"sac": 256, "ppo": 64}[cell[:3]]
+    assert learning == speed.products(cell[:3], 17, 6, 64, batch)
+    updates = {"sac": 1, "ppo": 320 / 2048}[cell[:3]]
+    assert ms == pytest.approx(1e9 * (1 + updates), rel=1e-6)  # besides, a few ms in the env
+
+
+def test_products_are_timed():
+    assert speed.time_products([(2, 3, 4, 5), (2, 3, 4, 1), (1, 1, 2, 3)], repeats=3) > 0
+
+
+# ---- one measurement ----
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """Instead of running commands, write events: {step: seconds after the start}. Commands."""
+    commands, marks = [], {}
+
+    def child(command, cores):
+        commands.append([*map(str, command)])
+        folder = Path(command[command.index("--run-dir") + 1]) / "run"
+        now = 1e9
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_scalar("charts/episodic_return", 1.0, 7, walltime=now)
+            for step, seconds in marks.items():
+                writer.add_scalar("charts/SPS", 1.0, step, walltime=now + seconds)
+        return "a line\nthe versions\n"
+
+    monkeypatch.setattr(speed.time, "time", lambda: 1e9)
+    monkeypatch.setattr(speed, "child", child)
+    return commands, marks
+
+
+def arguments(**changes):
+    args = speed.parse([])
+    args.no_peers = ""
+    return speed.argparse.Namespace(**vars(args) | changes)
+
+
+def test_the_window_is_from_the_thousandth_step_to_the_last(logged):
+    commands, marks = logged
+    marks |= {1000: 9.0, 2000: 11.5, 3000: 13.0}
+    found = speed.measure(CELL, "SBX", arguments(bench_python="peers-python"))
+    assert found == {
+        "ms_per_step": "2.0000",
+        "seconds_to_window": "9.00",
+        "versions": "the versions",
+    }
+    assert commands[0][0] == "peers-python" and "sbx" in commands[0]
+
+
+def test_the_window_of_ppo_begins_with_its_second_rollout(logged):
+    _, marks = logged
+    marks |= {2048 * i: 3.0 + 1.024 * i for i in range(1, 5)}
+    found = speed.measure("ppo-64-Ant-v3", "rounded", arguments(rollouts=4))
+    assert (found["ms_per_step"], found["seconds_to_window"]) == ("0.5000", "4.02")
+
+
+@pytest.mark.parametrize("steps", [(1001, 2000, 3000), (1000, 2000), ()])
+def test_another_window_is_refused(logged, steps):
+    _, marks = logged
+    marks |= dict.fromkeys(steps, 1.0)
+    with pytest.raises(RuntimeError, match="not at 1000 and 3000"):
+        speed.measure(CELL, "float64", arguments())
+
+
+@pytest.mark.parametrize("cell, steps", [("sac-256-Humanoid-v3", 2000), ("ppo-64-Ant-v3", 16384)])
+def test_our_variants_are_one_flag_apart(logged, cell, steps):
+    commands, marks = logged
+    marks |= dict.fromkeys((1000, 2000, 2048, 16384), 1.0)
+    algo, hidden, env = cell.split("-", 2)
+    parsed = {}
+    for variant in speed.OURS:
+        speed.measure(cell, variant, arguments())
+        assert commands[-1][1].endswith(f"{algo}.py")
+        args = {"sac": sac, "ppo": ppo}[algo].Args
+        parsed[variant] = vars(tyro.cli(args, args=commands[-1][2:]))
+        parsed[variant].pop("run_dir")
+    m = {"sac": 2, "ppo": 1}[algo]
+    assert parsed["rounded"] == parsed["float64"] | {"quant_m": m}
+    assert parsed["packed"] == parsed["rounded"] | {"pack": True}
+    base = parsed["float64"]
+    assert (base["env"], base["hidden"], base["total_timesteps"]) == (env, int(hidden), steps)
+    assert base["quant_m"] is None and base["storage"] is None and base["num_envs"] == 1
+
+
+def test_a_child_has_its_cores_and_no_more(monkeypatch):
+    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES"]
+    for name in names:
+        monkeypatch.setenv(name, "7")
+    code = f"import os; print(len(os.sched_getaffinity(0)), [*map(os.environ.get, {names})])"
+    assert speed.child([sys.executable, "-c", code], 1) == "1 ['1', '1', '1', '']\n"
+
+
+@pytest.mark.parametrize(
+    "code, line",
+    [
+        ("import sys; sys.exit('first\\nlast')", "last"),
+        ("raise SystemExit(3)", "exit code 3"),
+        ("import os; os.write(2, b'word\\n'); os.kill(os.getpid(), 9)", "exit code -9"),
+    ],
+)
+def test_a_child_that_fails_says_so_in_one_line(code, line):
+    with pytest.raises(RuntimeError) as error:
+        speed.child([sys.executable, "-c", code], 1)
+    assert str(error.value) == line
+
+
+# ---- rounds ----
+
+
+@pytest.mark.parametrize("cell", [CELL, "ppo-64-Ant-v3"])
+def test_every_round_runs_every_variant_and_the_pair_side_by_side(cell):
+    orders = [speed.order(cell, number) for number in range(1, 11)]
+    expected = speed.VARIANTS if cell in speed.CELLS else ["float64", "rounded"]
+    assert all(sorted(order) == sorted(expected) for order in orders)
+    steps = [order.index("rounded") - order.index("float64") for order in orders]
+    assert steps == [1, -1] * 5
+    firsts = [order[0] for order in orders]
+    assert set(firsts) == ({"float64", "rounded"} | ({*expected} - {"float64", "rounded"}))
+
+
+def test_a_failing_peer_is_a_row_with_its_last_line(tmp_path, capsys):
+    python, out = tmp_path / "python", tmp_path / "speed.csv"
+    python.write_text("#!/bin/sh\necho first >&2; echo No module named sbx >&2; exit 1\n")
+    python.chmod(0o755)
+    options = ["--cells", CELL, "--variants", "SBX", "--rounds", 2, "--bench-python", python]
+    speed.main([*map(str, [*options, "--out", out])])
+    assert [(row["ms_per_step"], row["failed"]) for row in read(out)] == [
+        ("", "No module named sbx")
+    ] * 2
+    shown = table(capsys.readouterr().out, "cell | variant")
+    assert shown[CELL, "SBX"]["note"] == "2 of 2 failed: No module named sbx"
+    assert shown[CELL, "SB3"]["note"] == "not measured"
+    assert (tmp_path / "speed.png").exists()
+
+
+def test_peers_that_cannot_be_installed_are_rows(tmp_path, capsys, monkeypatch):
+    def child(command, cores):
+        if "pip" in str(command[0]):
+            raise RuntimeError("no network")
+        if "venv" in command:
+            (tmp_path / "venv/bin").mkdir(parents=True)
+        return "0.5\n"  # the floor
+
+    monkeypatch.setattr(speed, "BENCH", tmp_path / "venv")
+    monkeypatch.setattr(speed, "child", child)
+    options = ["--cells", CELL, "--variants", "SB3", "SBX", "floor", "--rounds", "1"]
+    speed.main([*options, "--out", str(tmp_path / "speed.csv")])
+    failed = {row["variant"]: row["failed"] for row in read(tmp_path / "speed.csv")}
+    why = "cannot be installed: no network"
+    assert failed == {"SB3": why, "SBX": why, "floor": ""}
+    assert not (tmp_path / "venv").exists()
+    assert "minutes, once" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_its_rounds(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(cell, variant, args):
+        asked.append(variant)
+        if len(asked) > 3:
+            raise KeyboardInterrupt
+        return {"ms_per_step": f"{len(asked)}"}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    options = ["--cells", CELL, "--variants", "float64", "rounded", "--rounds", "5"]
+    with pytest.raises(KeyboardInterrupt):
+        speed.main([*options, "--out", str(tmp_path / "speed.csv")])
+    rows = read(tmp_path / "speed.csv")
+    assert [(row["round"], row["variant"]) for row in rows] == [("1", "float64"), ("1", "rounded")]
+    assert list(rows[0]) == speed.COLUMNS and rows[0]["cpu"] and rows[0]["cores"] == "1"
+
+
+# ---- tables ----
+
+
+def draw(capsys, path: Path) -> str:
+    capsys.readouterr()
+    before = path.read_bytes()
+    speed.main(["--draw", "--out", str(path)])
+    assert path.read_bytes() == before
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return capsys.readouterr().out
+
+
+def test_ratios_are_medians_of_the_rounds_ratios(tmp_path, capsys):
+    times = {"SB3": [4, 8, 6], "SBX": [5, 5, 8], "float64": [2, 1, 3], "rounded": [1, 2, 3]}
+    times |= {"packed": [9, 9, 9], "floor": [1, 0.5, 1]}
+    path = write(tmp_path / "speed.csv", {(CELL, name): each for name, each in times.items()})
+    shown = table(draw(capsys, path), "cell | variant")
+    faster = [4, 5, 6]  # of each round
+    for name, each in times.items():
+        line, ours = shown[CELL, name], name in speed.OURS
+        assert float(line["ms per step"]) == statistics.median(each)
+        assert (float(line["min"]), float(line["max"])) == (min(each), max(each))
+        for head, others, goal in (
+            ("/ float64", times["float64"], None),
+            ("/ SB3 (<= 0.5)", times["SB3"], 0.5),
+            ("/ faster peer (<= 0.75)", faster, 0.75),
+            ("/ floor (<= 2.0)", times["floor"], 2),
+        ):
+            ratio = statistics.median(a / b for a, b in zip(each, others, strict=True))
+            words = [f"{ratio:.2f}"]
+            if ours and goal:
+                words.append("reached" if ratio <= goal else "missed")
+            assert line[head].split() == words
+        assert line["note"] == ""
+        assert line["s to window"] == ("-" if name == "floor" else "20.0")
+    reach = {name: shown[CELL, name]["ms to reach"] for name in times}
+    assert reach["float64"] == reach["packed"] == "1.0 missed"
+    assert reach["SB3"] == reach["floor"] == "-"
+
+
+def test_without_one_peer_there_is_no_faster_one(tmp_path, capsys):
+    times = {(CELL, "float64"): [1, 1], (CELL, "SB3"): [4, 4], (CELL, "SBX"): ["broken", "broken"]}
+    shown = table(draw(capsys, write(tmp_path / "speed.csv", times)), "cell | variant")
+    assert shown[CELL, "SBX"]["note"] == "2 of 2 failed: broken"
+    assert shown[CELL, "float64"]["/ faster peer (<= 0.75)"] == "-"
+    assert shown[CELL, "float64"]["/ SB3 (<= 0.5)"] == "0.25 reached"
+    assert shown[CELL, "floor"]["note"] == shown[CELL, "rounded"]["note"] == "not measured"
+
+
+def test_a_round_that_failed_does_not_count(tmp_path, capsys):
+    times = {(CELL, "float64"): [2, 4, 8], (CELL, "SB3"): [4, "broken", 32]}
+    shown = table(draw(capsys, write(tmp_path / "speed.csv", times)), "cell | variant")
+    assert shown[CELL, "SB3"]["/ float64"] == "3.00"  # of 2 and 4
+    assert shown[CELL, "SB3"]["note"] == "1 of 3 failed: broken"
+
+
+@pytest.mark.parametrize("last, verdict", [(0.97, "reached"), (1.2, "missed")])
+def test_table_i(tmp_path, capsys, last, verdict):
+    slower = ["sac-64-Humanoid-v3", "ppo-64-Ant-v3", "ppo-64-Humanoid-v3"]
+    each = {cell: [1.03, 1.01, 1.05] if cell in slower else [last] * 3 for cell in speed.TABLE_I}
+    times = {(cell, "float64"): [1, 2, 4] for cell in each}
+    times |= {
+        (cell, "rounded"): [a * b for a, b in zip(ratios, (1, 2, 4), strict=True)]
+        for cell, ratios in each.items()
+    }
+    shown = table(draw(capsys, write(tmp_path / "speed.csv", times)), "cell | float64")
+    assert len(speed.TABLE_I) == 8 and len(shown) == 9
+    ratios = {cell: line["ratio"] for (cell, _), line in shown.items()}
+    assert ratios[CELL] == f"{last:.3f}" and ratios["ppo-64-Ant-v3"] == "1.030"
+    (middle,) = (line for (cell, _), line in shown.items() if cell.startswith("median of 8"))
+    assert middle["ratio"] == f"{last:.3f} {verdict}" and middle["goal"] == "<= 1.02"
+    assert middle["95% interval"] == f"{last:.3f} to {last:.3f}"
+    assert shown["ppo-64-Ant-v3", "2.000"]["95% interval"] == "1.010 to 1.050"
+    assert ratios["sac-64-Humanoid-v3"] == "1.030 missed"  # a goal of its own
+
+
+def test_fewer_than_eight_cells_reach_no_goal(tmp_path, capsys):
+    times = {(CELL, "float64"): [1], (CELL, "rounded"): [0.5]}
+    shown = table(draw(capsys, write(tmp_path / "speed.csv", times)), "cell | float64")
+    middle = shown["median of 1 of the 8 cells", ""]
+    assert (middle["ratio"], middle["95% interval"], middle["goal"]) == ("0.500", "-", "-")
+
+
+def test_interval():
+    assert speed.interval(np.full((8, 5), 1.25)) == (1.25, 1.25)
+    assert speed.interval(np.array([[1.0, 2.0]])) == (1, 2)  # each in a quarter of the draws
+    # Every draw of rounds gives both cells' medians the mean 2: the rounds are the same for all.
+    assert speed.interval(np.array([[1.0, 3.0], [3.0, 1.0]])) == (2, 2)
+    ratios = np.random.default_rng(0).normal(size=(1, 9))
+    low, high = speed.interval(ratios)
+    assert ratios.min() < low < np.median(ratios) < high < ratios.max()
+
+
+# ---- scaling ----
+
+
+@pytest.mark.parametrize("storage", scaling.STORAGES)
+def test_a_filled_buffer_is_full_and_written(storage):
+    buffer = scaling.filled_buffer(storage, rows=2500, obs_dim=9)
+    layout = scaling.replay_layout(scaling.STORAGES[storage], 2500, 1, 9, scaling.ACT_DIM)
+    assert buffer.nbytes == scaling.layout_bytes(layout)
+    assert buffer.size == 2500 == np.count_nonzero(buffer.is_start)
+    assert buffer.obs.array.view(-1, buffer.obs.array.shape[-1]).any(1).all()
+    batch = buffer.sample(256)
+    assert len(batch.obs.unique(dim=0)) > 200
+    drawn = buffer._draw(20_000)
+    assert (drawn.min(), drawn.max()) == (0, 2499)
+    assert (buffer.obs.get(scaling.torch.tensor([2500])) != 0).any()  # the next of the last
+
+
+def run_scaling(tmp_path, *options: object) -> list[dict[str, str]]:
+    scaling.main([*map(str, options), "--out", str(tmp_path / "scaling.csv")])
+    return read(tmp_path / "scaling.csv")
+
+
+def test_storages_take_turns_and_what_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
+    sizes = {"rows": ("rows", [100, 1000]), "columns": ("columns", []), "envs": ("envs", [1])}
+    monkeypatch.setattr(scaling, "PANELS", sizes)
+    monkeypatch.setattr(scaling, "time_sample", lambda buffer, samples: float(buffer.size))
+    options = ["--panels", "rows", "--rounds", 2, "--memory", 1.5e6]
+    rows = run_scaling(tmp_path, *options)
+    small, large = [[row["series"] for row in rows if row["x"] == x] for x in ("100", "1000")]
+    assert small == [*scaling.STORAGES, "int16, m=2", "packed, m=2", "float64"]
+    assert large == [*scaling.STORAGES][1:] * 2
+    said = capsys.readouterr().out
+    assert said.count("left out, 0.0 GB are more than --memory") == 2
+    assert "int16, m=2: sampling from 1,000 rows takes 10.00x of that from 100" in said
+    lines = table(said, "us per sample(256), by rows")
+    ((_, shown),) = ((key, line) for key, line in lines.items() if key[0] == "1,000")
+    assert shown["float64"] == "left out" and shown["int16, m=2"] == "1000.0, 0.8 MB"
+
+
+def test_loops_are_timed_between_the_first_and_the_last_event(tmp_path, monkeypatch, capsys):
+    parsed = []
+
+    def train(command, cores):
+        script = {"sac.py": sac, "ppo.py": ppo}[command[1].name]
+        parsed.append(tyro.cli(script.Args, args=[*map(str, command[2:])]))
+        return {1008: 5.0, 2016: 6.0, 3024: 9.032}, ""
+
+    monkeypatch.setattr(scaling, "train", train)
+    rows = run_scaling(tmp_path, "--panels", "envs", "--rounds", 1, "--rollouts", 2)
+    assert {row["time"] for row in rows} == {"2.0000"} and len(rows) == 10
+    for row, args in zip(rows, parsed, strict=True):
+        assert str(args.num_envs) == row["x"]
+        assert args.quant_m == (1 if isinstance(args, ppo.Args) else 2)
+    totals = [args.total_timesteps for args in parsed if isinstance(args, ppo.Args)]
+    assert totals == [2 * 2048 * n for n in (1, 2, 4, 8, 16)]
+    assert table(capsys.readouterr().out, "ms per transition")["16", "2.000"]
+    before = (tmp_path / "scaling.csv").read_bytes()
+    run_scaling(tmp_path, "--draw")
+    assert before == (tmp_path / "scaling.csv").read_bytes()
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--rounds", "0"],
+        ["--rounds", "x"],
+        ["--cores", "0"],
+        ["--cores", "100000"],
+        ["--cells", "sac-64-Nowhere-v3"],
+        ["--variants", "float32"],
+        ["--steps-sac", "1000"],
+        ["--steps-sac", "2500"],
+        ["--rollouts", "1"],
+        ["--bench-python", "/no/such/python"],
+        ["--draw", "--out", "/no/such/speed.csv"],
+        ["--out", "/proc/speed.csv"],
+        ["--floor", "sac"],
+        ["--nonsense"],
+    ],
+)
+def test_bad_options_of_speed(capsys, argv):
+    assert fails(capsys, speed, *argv).startswith("speed.py: error: ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--rounds", "0"],
+        ["--samples", "0"],
+        ["--cores", "100000"],
+        ["--panels", "depth"],
+        ["--steps-sac", "2999"],
+        ["--rollouts", "1"],
+        ["--draw", "--out", "/no/such/scaling.csv"],
+    ],
+)
+def test_bad_options_of_scaling(capsys, argv):
+    assert fails(capsys, scaling, *argv).startswith("scaling.py: error: ")
+
+
+@pytest.mark.parametrize("script", [speed, scaling])
+def test_bad_csvs(tmp_path, capsys, script):
+    path = tmp_path / "some.csv"
+    path.write_text("a,b\n1,2\n")
+    assert "has other columns" in fails(capsys, script, "--draw", "--out", path)
+    path.write_text(",".join(script.COLUMNS) + "\n")
+    assert "holds no measurement" in fails(capsys, script, "--draw", "--out", path)
+    path.write_text(",".join(script.COLUMNS) + "\n" + ",".join(["x"] * len(script.COLUMNS)) + "\n")
+    assert fails(capsys, script, "--draw", "--out", path).count("error") == 1
