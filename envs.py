@@ -98,7 +98,7 @@ def make(env_id: str) -> gym.Env:
 
 
 class _VectorEnv(gym.vector.SyncVectorEnv):
-    """Without infos, which nobody reads, nor copies beyond one: 10 us less at every step."""
+    """Without the infos, which nobody reads, and without every copy but one."""
 
     def _add_info(self, vector_infos: dict, env_info: dict, env_num: int) -> dict:
         return vector_infos
@@ -108,7 +108,8 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         terminated, truncated = np.empty((2, self.num_envs), np.bool_)
         for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             self._env_obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action)
-        obs = np.array(self._env_obs, self.single_observation_space.dtype)
+        obs = np.empty(self.observation_space.shape, self.observation_space.dtype)
+        np.stack(self._env_obs, out=obs)  # raises if an env's shape or kind of numbers is another
         return obs, reward, terminated, truncated, {}
 
 

@@ -133,7 +133,7 @@ def allocated_ppo(
         **_buffer_rows(rollout_layout(codec, n_steps, num_envs, obs_dim, act_dim)),
         "networks": 4 * parameters,
         "gradients": 4 * parameters,
-        # exp_avg and exp_avg_sq, and one float32 step: all parameters are one flat tensor.
+        # mean and square, one vector each for all parameters; the number of steps is Python's.
         "Adam moments": 8 * parameters,
         "decoded batch": 4 * batch * (obs_dim + act_dim + 3),  # log_prob, advantage, ret
     }
@@ -176,7 +176,7 @@ def allocated_sac(
         "networks": 4 * parameters,
         "target networks": 4 * 2 * critic,
         "gradients": 4 * parameters,
-        # exp_avg and exp_avg_sq; a float32 step for actor with alpha and one for the critics.
+        # mean and square; the numbers of steps are Python's.
         "Adam moments": 8 * parameters,
         # obs, next_obs, action, reward in float32; terminated is a byte.
         "decoded batch": batch_size * (4 * (2 * obs_dim + act_dim + 1) + 1),

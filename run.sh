@@ -50,16 +50,16 @@ learning_runs() {
 
 # The Stable-Baselines3 runs that they are held against.
 reference_runs() {
-    local env seed
+    local env seed sb3="experiments/peers.py --lib sb3"
     for env in HalfCheetah-v3 Walker2d-v3; do
         for seed in 1 2; do
-            echo "experiments/peers.py --lib sb3 --algo sac --env $env --seed $seed --total-timesteps 100000"
+            echo "$sb3 --algo sac --env $env --seed $seed --total-timesteps 100000"
         done
         for seed in 1 2 3; do
-            echo "experiments/peers.py --lib sb3 --algo ppo --env $env --seed $seed --total-timesteps 300000"
+            echo "$sb3 --algo ppo --env $env --seed $seed --total-timesteps 300000"
         done
     done
-    echo "experiments/peers.py --lib sb3 --algo sac --env Humanoid-v3 --seed 1 --total-timesteps 100000"
+    echo "$sb3 --algo sac --env Humanoid-v3 --seed 1 --total-timesteps 100000"
 }
 
 # Storages side by side: SAC 100k steps, whose float64 and m = 2 are learning_runs, and PPO 200k.

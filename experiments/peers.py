@@ -6,9 +6,8 @@ Runs in a virtual environment of its own (`requirements-bench.txt`; `run.sh repr
 and so does `speed.py`). Both libraries' defaults are the paper's Table II, as ours are; given are
 only the networks, two hidden layers of --hidden each. Writes `charts/episodic_return` as our
 scripts do, so that `plot.py` reads both the same way, and `charts/SPS` where they do, for
-`speed.py`. What no argument changes: both take statistics of every minibatch, ours of the last
-one only; SBX's PPO clips the gradients of policy and value function apart and does not start from
-orthogonal weights.
+`speed.py`. What still differs from ours: both take statistics of every minibatch, ours of the last
+one; SBX's PPO clips the gradients of policy and value function apart and starts from other weights.
 """
 
 import argparse
