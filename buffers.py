@@ -58,6 +58,9 @@ def rollout_layout(codec: Codec, n_steps: int, num_envs: int, obs_dim: int, act_
 class RolloutBuffer:
     """PPO's on-policy buffer, refilled for every update.
 
+    `add` fills obs, actions, values, rewards and ends step by step. log_probs, advantages and
+    returns are whole arrays for the caller to set, as ppo.py does.
+
     Args:
         codec: how observations are stored.
         n_steps: steps per env and rollout.

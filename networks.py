@@ -6,10 +6,10 @@
     critic.backward(tape, q_gradient)       # shaped like q; sets critic.w1.grad and all others
     adam.step()
 
-At these sizes calling an operation costs more than its arithmetic, and autograd calls many: an
-update of SAC on Walker2d-v3 takes twice as long with it. So the layers' gradients are written out
-here, the losses' beside each loss in sac.py and ppo.py, and the tests hold all of them against
-autograd's. A loss of your own does without:
+At these sizes calling an operation costs more than its arithmetic, and autograd calls many. With it
+SAC on Walker2d-v3 missed the speed aimed for, three quarters of SBX's time, by far. So the layers'
+gradients are written out here, the losses' beside each loss in sac.py and ppo.py, and the tests
+hold all of them against autograd's. A loss of your own needs no derivation; clone what enters it:
 
     with torch.inference_mode(False):       # training runs in inference mode, without autograd
         q_free = q[..., 0].clone().requires_grad_()
@@ -29,13 +29,13 @@ ACTIVATIONS = {
     "tanh": (torch.tanh_, lambda h: 1 - h * h, lambda x: np.tanh(x, out=x)),
 }
 
-Tape = tuple[Tensor, Tensor, Tensor]
+Tape = list[Tensor]  # what goes into each layer, (count, B, in)
 
 
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a[i] @ b[i]: (count, L, M), (count, M, N) -> (count, L, N).
 
-    Where M or N is 1 it goes elementwise: 2 x (256, 64) @ (64, 1) takes MKL 28 us, this way 10.
+    Where M or N is 1 it goes elementwise, which takes a third of MKL's time for the critics.
     """
     if b.shape[-1] == 1:
         return torch.sum(a * b.mT, -1, keepdim=True, out=out)
@@ -45,72 +45,69 @@ def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 class MLP:
-    """`count` networks of one shape side by side, inputs -> hidden -> hidden -> outputs.
+    """`count` networks of one shape side by side, as many layers as are given.
 
-    Weights w1, w2, w3 are (count, in, out), biases b1, b2, b3 (count, 1, out), so that one batched
-    product serves all networks. memory.py counts them: a change of the layers belongs there too.
+    Weights are (count, in, out), biases (count, 1, out), so that one batched product serves all
+    networks. memory.py counts two hidden layers: a change of their number belongs there too.
 
     Args:
-        layers: weights and biases of the three.
-        activation: "relu" or "tanh", after both hidden layers.
+        layers: weights and biases of each.
+        activation: "relu" or "tanh", after every layer but the last.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]], activation: str):
-        (self.w1, self.b1), (self.w2, self.b2), (self.w3, self.b3) = layers
+        self.layers = layers
         self.activate_, self.derivative, self.activate_numpy = ACTIVATIONS[activation]
 
     @property
     def tensors(self) -> list[Tensor]:
         """Weights and biases, layer by layer."""
-        return [self.w1, self.b1, self.w2, self.b2, self.w3, self.b3]
+        return [tensor for layer in self.layers for tensor in layer]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tape]:
         """x (B, inputs), the same for all networks -> output (count, B, outputs), and its tape."""
-        x = x.expand(len(self.w1), -1, -1)
-        h1 = self.activate_(torch.baddbmm(self.b1, x, self.w1))
-        h2 = self.activate_(torch.baddbmm(self.b2, h1, self.w2))
-        return bmm(h2, self.w3).add_(self.b3), (x, h1, h2)
+        *hidden, (weight, bias) = self.layers
+        tape = [x.expand(len(weight), -1, -1)]
+        for w, b in hidden:
+            tape.append(self.activate_(torch.baddbmm(b, tape[-1], w)))
+        return bmm(tape[-1], weight).add_(bias), tape
 
     def in_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
         """`forward` for a few rows, x (B, inputs) float32 -> output (count, B, outputs).
 
-        For acting: torch takes four times as long to call. The function sees later changes of the
+        For acting, where torch spends its time on calls. The function sees later changes of the
         weights only if these live on the CPU.
         """
-        w1, b1, w2, b2, w3, b3 = (tensor.cpu().numpy() for tensor in self.tensors)
-        activate = self.activate_numpy
+        *hidden, (weight, bias) = [(w.cpu().numpy(), b.cpu().numpy()) for w, b in self.layers]
 
         def forward(x: np.ndarray) -> np.ndarray:
-            return activate(activate(x @ w1 + b1) @ w2 + b2) @ w3 + b3
+            for w, b in hidden:
+                x = self.activate_numpy(x @ w + b)
+            return x @ weight + bias
 
         return forward
 
     def backward(self, tape: Tape, gradient: Tensor) -> None:
         """Gradient of the output (count, B, outputs) -> those of weights and biases, into .grad."""
-        x, h1, h2 = tape
-        gradient1, gradient2 = self._hidden_gradients(tape, gradient)
-        for weight, bias, inputs, outputs in (
-            (self.w1, self.b1, x, gradient1),
-            (self.w2, self.b2, h1, gradient2),
-            (self.w3, self.b3, h2, gradient),
-        ):
-            bmm(inputs.mT, outputs, out=weight.grad)
-            torch.sum(outputs, 1, keepdim=True, out=bias.grad)
+        gradients = self._gradients(tape, gradient)
+        for (weight, bias), x, grad in zip(self.layers, tape, gradients, strict=True):
+            bmm(x.mT, grad, out=weight.grad)
+            torch.sum(grad, 1, keepdim=True, out=bias.grad)
 
     def input_gradient(self, tape: Tape, gradient: Tensor, start: int) -> Tensor:
         """Gradient of the output (count, B, outputs) -> of x[:, start:], (B, inputs - start).
 
         Summed over the networks. Neither weights nor the other inputs cost anything here.
         """
-        gradient1, _ = self._hidden_gradients(tape, gradient)
-        return torch.bmm(gradient1, self.w1[:, start:].mT).sum(0)
+        weight, _ = self.layers[0]
+        return torch.bmm(self._gradients(tape, gradient)[0], weight[:, start:].mT).sum(0)
 
-    def _hidden_gradients(self, tape: Tape, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of what goes into the first and the second activation, (count, B, hidden)."""
-        _, h1, h2 = tape
-        gradient2 = bmm(gradient, self.w3.mT).mul_(self.derivative(h2))
-        gradient1 = torch.bmm(gradient2, self.w2.mT).mul_(self.derivative(h1))
-        return gradient1, gradient2
+    def _gradients(self, tape: Tape, gradient: Tensor) -> list[Tensor]:
+        """Gradients of what every layer puts out, before its activation: (count, B, out) each."""
+        gradients = [gradient]
+        for (weight, _), h in zip(self.layers[:0:-1], tape[:0:-1], strict=True):
+            gradients.append(bmm(gradients[-1], weight.mT).mul_(self.derivative(h)))
+        return gradients[::-1]
 
 
 def flatten(tensors: list[Tensor]) -> Tensor:
@@ -131,7 +128,7 @@ class Adam:
     """Kingma & Ba, "Adam" (arXiv:1412.6980v9), Algorithm 1, for all tensors as one vector.
 
     In the efficient order of their section 2, eps as Algorithm 1 means it. torch.optim.Adam makes
-    the same steps up to rounding; calling it takes twice as long.
+    the same steps up to rounding, with more calls around them.
 
     Attributes:
         params: all parameters; the tensors become views of it.
@@ -159,10 +156,10 @@ class Adam:
 
 
 def set_threads(batch_size: int, inputs: int, hidden: int) -> None:
-    """One thread for torch where products are small: a second one then waits more than it works.
+    """One thread for torch, in this whole process, where products are so small that a second waits.
 
-    On two cores the update of SAC takes 1.8 times as long with two threads as with one for 17
-    inputs and 64 hidden units, but 0.7 times as long for 376 inputs or 256 hidden units.
+    On two cores a second thread cost time at 17 inputs and 64 hidden units, and gained some at 376
+    inputs or 256 hidden units; the bound lies between. Elsewhere OMP_NUM_THREADS decides.
     """
     if 2 * batch_size * max(inputs, hidden) * hidden < 8e6:  # operations of the largest product
         torch.set_num_threads(1)

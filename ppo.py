@@ -419,7 +419,7 @@ def main(args: Args) -> dict:
                 adam.gradient *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
                 adam.step()
 
-        # --- Log, the losses being those of the last minibatch -----------------------------------
+        # --- Log the last minibatch's losses, and the entropy after it ---------------------------
         unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
         for tag, metric in {
             "losses/policy_loss": clipped_policy_loss(ratio, advantage, args.clip_coef),

@@ -483,7 +483,7 @@ def main(args: Args) -> dict:
             for tag, metric in {
                 "losses/qf_loss": critic_loss(q[..., 0], q_target),
                 "losses/actor_loss": actor_loss(q_pi[..., 0], log_prob, alpha),
-                "losses/alpha_loss": alpha_loss(alpha.log(), log_prob, target_entropy),
+                "losses/alpha_loss": alpha_loss(log_alpha, log_prob, target_entropy),
                 "losses/qf1_values": q[0].mean(),
                 "losses/qf2_values": q[1].mean(),
                 "losses/entropy": -log_prob.mean(),

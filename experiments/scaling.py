@@ -26,6 +26,7 @@ from speed import DECIMALS, PPO_ROLLOUT, ROOT, Parser, cpu, markdown, train, wri
 
 sys.path.insert(0, str(ROOT))
 from buffers import ReplayBuffer, layout_bytes, replay_layout
+from memory import free_memory
 from quantize import FixedPoint, Float, Packed
 
 STORAGES = {"float64": Float(), "int16, m=2": FixedPoint(2), "packed, m=2": Packed(2)}
@@ -82,8 +83,8 @@ def measure(panel: str, x: int, series: str, args: argparse.Namespace) -> dict |
         return {"unit": "ms per transition", "time": f"{time_loop(LOOPS[series], x, args):.4f}"}
     rows, obs_dim = (x, HUMANOID) if panel == "rows" else (100_000, x)
     size = layout_bytes(replay_layout(STORAGES[series], rows, 1, obs_dim, ACT_DIM))
-    if size > args.memory:
-        print(f"left out, {size / 1e9:.1f} GB are more than --memory")
+    if size > min(args.memory, 0.9 * free_memory(torch.device("cpu"))):
+        print(f"left out, {size / 1e9:.1f} GB are more than --memory or than is free")
         return None
     us = time_sample(filled_buffer(series, rows, obs_dim), args.samples)
     return {"unit": f"us per sample({BATCH})", "time": f"{us:.2f}", "bytes": size}

@@ -250,13 +250,16 @@ def install_peers() -> str:
     pip = [BENCH / "bin/pip", "install", "--quiet", "--disable-pip-version-check"]
     requirements = ROOT / "requirements-bench.txt"
     pins = [line for line in requirements.read_text().splitlines() if line.startswith("torch==")]
+    # torch by itself first: a dependency of the others must not choose another build of it.
     commands = [sys.executable, "-m", "venv", BENCH], [*pip, *pins], [*pip, "-r", requirements]
     try:
         for command in commands:
             child(command, cores=1)
-    except RuntimeError as error:
+    except BaseException as error:  # an interrupt too: a half-made environment would look finished
         shutil.rmtree(BENCH, ignore_errors=True)
-        return f"cannot be installed: {error}"
+        if isinstance(error, RuntimeError):
+            return f"cannot be installed: {error}"
+        raise
     return ""
 
 

@@ -353,3 +353,59 @@ def test_unsuitable_spaces_are_refused_and_named(make_tiny, observation_space, a
     assert found in str(error.value)
     assert "\n" not in str(error.value)
     assert Tiny.closed == closed + 1
+
+
+class Scripted(gym.Env):
+    """Rewards and ends of its own, a reused observation array, and float64 in a float32 space."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self):
+        self.obs = np.zeros(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs[:] = self.np_random.normal(size=3)
+        return self.obs, {}
+
+    def step(self, action):
+        self.obs[:] = self.np_random.normal(size=3) + action.sum()
+        terminated, truncated = self.np_random.random(2) < 0.1
+        return self.obs, float(self.obs[0]), terminated, truncated, {"unread": 1}
+
+
+def test_vector_env_steps_like_gymnasiums(monkeypatch):
+    """Bit for bit with SyncVectorEnv, masked resets included; what was returned stays as it was."""
+    monkeypatch.setattr(envs, "make", lambda _: Scripted())
+    ours = envs.make_vector("any", 3)
+    theirs = gym.vector.SyncVectorEnv(
+        [Scripted] * 3, autoreset_mode=gym.vector.AutoresetMode.DISABLED
+    )
+    assert np.array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
+    rng, kept, ended = np.random.default_rng(0), [], 0
+    for _ in range(300):
+        action = rng.uniform(-1, 1, (3, 2)).astype(np.float32)
+        mine, plain = ours.step(action), theirs.step(action)
+        for one, other in zip(mine[:4], plain[:4], strict=True):
+            assert one.dtype == other.dtype
+            assert np.array_equal(one, other)
+        kept.append((mine[0], mine[0].copy()))
+        done = mine[2] | mine[3]
+        if done.any():
+            ended += 1
+            reset = [one.reset(options={"reset_mask": done})[0][done] for one in (ours, theirs)]
+            assert np.array_equal(*reset)
+    assert ended > 50
+    assert all(np.array_equal(obs, copy) for obs, copy in kept)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 3)), np.zeros(2), np.zeros(3, np.complex128)])
+def test_vector_env_refuses_an_observation_of_another_shape_or_kind(monkeypatch, bad):
+    monkeypatch.setattr(envs, "make", lambda _: Scripted())
+    vector = envs.make_vector("any", 1)
+    vector.reset(seed=1)
+    vector.envs[0].obs = np.zeros(3)
+    vector.envs[0].step = lambda action: (bad, 0.0, False, False, {})
+    with pytest.raises((ValueError, TypeError)):
+        vector.step(np.zeros((1, 2), np.float32))

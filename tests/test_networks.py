@@ -43,7 +43,7 @@ def random_mlp(count, inputs, hidden, outputs, activation, dtype=torch.float64) 
 def separate(mlp: MLP, activation: str) -> list[nn.Sequential]:
     """The same networks, one by one, for autograd."""
     nets, layers = [], list(zip(mlp.tensors[::2], mlp.tensors[1::2], strict=True))
-    for i in range(len(mlp.w1)):
+    for i in range(len(mlp.layers[0][0])):
         net = nn.Sequential()
         for weight, bias in layers:
             linear = nn.Linear(*weight.shape[1:], dtype=weight.dtype)

@@ -348,6 +348,7 @@ def test_an_update_equals_a_plain_reimplementation_of_sb3s(
         ({"storage": "float32"}, True),
         ({"quant_m": 1, "quant_act": True}, True),
         ({"storage": "bfloat16", "quant_act": True}, True),
+        ({"num_envs": 3}, True),
         ({"quant_m": 1}, False),  # the paper: acts on raw, learns from rounded
     ],
 )

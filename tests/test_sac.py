@@ -273,7 +273,7 @@ def in_float64(mlp: MLP) -> MLP:
 def separate(mlp: MLP) -> list[nn.Sequential]:
     """Plain networks with the same weights, for autograd. Draws no random number."""
     layers, nets = list(zip(mlp.tensors[::2], mlp.tensors[1::2], strict=True)), []
-    for i in range(len(mlp.w1)):
+    for i in range(len(mlp.layers[0][0])):
         net = nn.Sequential()
         for weight, bias in layers:
             linear = nn.utils.skip_init(nn.Linear, *weight.shape[1:], dtype=weight.dtype)
