@@ -1,19 +1,15 @@
 """Multilayer perceptrons with their gradients written out, and Adam: what both algorithms train.
 
-    critic = MLP(layers, "relu")            # two networks, 23 inputs -> 64 -> 64 -> 1 output each
-    adam = Adam(critic.tensors, learning_rate=3e-4)
-    q, tape = critic.forward(x)             # x (256, 23) -> q (2, 256, 1)
-    critic.backward(tape, q_gradient)       # shaped like q; sets critic.w1.grad and all others
+    critic = MLP(sac.uniform(2, 23, 64, 64, 1), "relu")    # two networks of two hidden layers
+    adam = Adam(critic.tensors, learning_rate=3e-4)        # gives every tensor its .grad
+    q, tape = critic.forward(x)                            # x (256, 23) -> q (2, 256, 1)
+    critic.backward(tape, q_gradient)                      # shaped like q; fills every .grad
     adam.step()
 
-At these sizes calling an operation costs more than its arithmetic, and autograd calls many. With it
-SAC on Walker2d-v3 missed the speed aimed for, three quarters of SBX's time, by far. So the layers'
-gradients are written out here, the losses' beside each loss in sac.py and ppo.py, and the tests
-hold all of them against autograd's. A loss of your own needs no derivation; clone what enters it:
-
-    with torch.inference_mode(False):       # training runs in inference mode, without autograd
-        q_free = q[..., 0].clone().requires_grad_()
-        (d_q,) = torch.autograd.grad(my_loss(q_free, q_target.clone()), q_free)
+At these sizes calling an operation costs more than its arithmetic, and autograd calls many. So the
+layers' gradients are written out here, the losses' beside each loss in sac.py and ppo.py, and the
+tests hold all of them against autograd's. A loss of your own needs no derivation: README, "Change
+it".
 """
 
 import math
@@ -23,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# In place; the derivative, as a function of the result; and for numpy.
+# In place; the derivative, as a function of the result, not of the input; and for numpy.
 ACTIVATIONS = {
     "relu": (torch.relu_, torch.sign, lambda x: np.maximum(x, 0, out=x)),
     "tanh": (torch.tanh_, lambda h: 1 - h * h, lambda x: np.tanh(x, out=x)),
@@ -48,7 +44,7 @@ class MLP:
     """`count` networks of one shape side by side, as many layers as are given.
 
     Weights are (count, in, out), biases (count, 1, out), so that one batched product serves all
-    networks. memory.py counts two hidden layers: a change of their number belongs there too.
+    networks. memory.py counts two hidden layers: another number belongs there too.
 
     Args:
         layers: weights and biases of each.
@@ -88,7 +84,10 @@ class MLP:
         return forward
 
     def backward(self, tape: Tape, gradient: Tensor) -> None:
-        """Gradient of the output (count, B, outputs) -> those of weights and biases, into .grad."""
+        """Gradient of the output (count, B, outputs) -> those of weights and biases, into .grad.
+
+        For the weights that `forward` used, so before Adam's step; it is Adam who makes the .grad.
+        """
         gradients = self._gradients(tape, gradient)
         for (weight, bias), x, grad in zip(self.layers, tape, gradients, strict=True):
             bmm(x.mT, grad, out=weight.grad)

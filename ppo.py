@@ -282,8 +282,13 @@ def clipped_policy_loss_gradient(ratio: Tensor, advantage: Tensor, clip_coef: fl
     return -advantage * (ratio * advantage <= clipped_ratio * advantage) / len(ratio)
 
 
+def value_loss(value: Tensor, ret: Tensor) -> Tensor:
+    """Mean squared error: value, ret (B,) -> (). PPO eq. 9."""
+    return F.mse_loss(value, ret)
+
+
 def value_loss_gradient(value: Tensor, ret: Tensor) -> Tensor:
-    """Of the mean squared error, by value: value, ret (B,) -> (B,)."""
+    """Of `value_loss`, by value: (B,)."""
     return 2 * (value - ret) / len(value)
 
 
@@ -423,7 +428,7 @@ def main(args: Args) -> dict:
         unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
         for tag, metric in {
             "losses/policy_loss": clipped_policy_loss(ratio, advantage, args.clip_coef),
-            "losses/value_loss": F.mse_loss(value, mb.ret),
+            "losses/value_loss": value_loss(value, mb.ret),
             "losses/entropy": gaussian_entropy(log_std),
             "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note on KL
             "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),

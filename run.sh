@@ -110,8 +110,8 @@ reproduce)
     .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
     .venv/bin/python experiments/plot.py draw --results experiments/results
     .venv/bin/python memory.py --plot experiments/results/memory.png
-    .venv/bin/python experiments/speed.py
-    .venv/bin/python experiments/scaling.py
+    .venv/bin/python experiments/speed.py --cores 2 --steps-sac 2000 --rollouts 5 --rounds 3
+    .venv/bin/python experiments/scaling.py --rounds 2
     ;;
 "")
     setup .venv requirements.txt
