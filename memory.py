@@ -737,7 +737,7 @@ def budget_report(args: Args) -> dict:
         raise ValueError(f"--budget {args.budget}: {budget:,} bytes hold no batch in any storage")
     note = (
         f"{mb(budget)} MB for buffer, networks, gradients, Adam and one batch; the interpreter and "
-        "its libraries\ncome on top, about 370 MB: see --measure. "
+        "its libraries\ncome on top, about 300 MB: see --measure. "
         f"The paper's m is {PAPER_M[algo]} for {algo.upper()}."
     )
     if args.live_columns is not None:

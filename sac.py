@@ -218,7 +218,7 @@ def prepare(args: Args) -> tuple:
     if args.memory_budget is not None:
         print(
             f"--memory-budget {args.memory_budget} holds {sizes['buffer_size']:,} rows; Python and "
-            "its libraries take about 370 MB beside it"
+            "its libraries take about 300 MB beside it"
         )
     return device, codec, envs, sizes, run_dir
 
