@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     if (args.lib, args.algo) == ("sb3", "ppo"):
         options["device"] = "cpu"  # SB3 warns that it is slower on a GPU
     model = getattr(import_module(module), args.algo.upper())("MlpPolicy", env, **options)
-    model.set_logger(Logger(None, []))  # as silent as the default, which leaves a folder in /tmp
+    model.set_logger(Logger(None, []))  # silent, and no temporary folder
     start = time.perf_counter()
     model.learn(args.total_timesteps, callback=Log(writer, args.algo))
     writer.close()

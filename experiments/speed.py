@@ -2,7 +2,7 @@
 
     python experiments/speed.py           # about an hour: tables, results/speed.csv and speed.png
     python experiments/speed.py --draw    # tables and chart again, from speed.csv alone
-    python experiments/speed.py --rounds 1 --cells ppo-64-Walker2d-v3 --out /tmp/speed.csv
+    python experiments/speed.py --rounds 1 --cells ppo-64-Walker2d-v3 --out speed.csv
 
 Every measurement is a process of its own on --cores cores of the CPU. What counts are the same
 steps for all: of SAC those after the 1,000th, of PPO the whole rollouts with their updates after
