@@ -462,11 +462,12 @@ def test_a_million_humanoid_rows_stay_below_the_limits_of_the_design(codec, most
 
 def test_touch_makes_every_page_resident():
     process = psutil.Process()
-    buffer = ReplayBuffer(FixedPoint(2), 300_000, 2, 60, 30, CPU, seed=0)
+    buffer = ReplayBuffer(FixedPoint(2), 700_000, 2, 60, 30, CPU, seed=0)
     before = process.memory_info().rss
     buffer.touch()
-    large = (buffer.obs.array, buffer.actions)  # what the allocator cannot have had in its hands
-    assert process.memory_info().rss - before > 0.99 * sum(array.nbytes for array in large) > 70e6
+    # 84 MB each: glibc keeps up to 64 MB of freed memory, resident, for smaller arrays.
+    large = (buffer.obs.array, buffer.actions)
+    assert process.memory_info().rss - before > 0.99 * sum(array.nbytes for array in large) > 160e6
     for name in ("actions", "rewards", "terminated", "is_start"):
         assert not getattr(buffer, name).any()
     assert not buffer.obs.array.any()
