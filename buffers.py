@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from columns import LiveColumns, Rows, put, zeros
+from columns import LiveColumns, Rows, put, restore, stored, zeros
 from quantize import Codec, ObservationError
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
+PER_ROW = ("actions", "rewards", "terminated", "is_start")  # of a replay buffer, beside obs
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype)
 
 
@@ -120,6 +121,14 @@ class RolloutBuffer:
         ):
             array.numpy()[t] = row
         self.step = (t + 1) % len(self.obs)
+
+    def state(self) -> dict:
+        """For a checkpoint between two rollouts, when no row is needed any more."""
+        return {"rng": self._rng.bit_generator.state}
+
+    def load(self, saved: dict) -> None:
+        """Take over what `state` returned."""
+        self._rng.bit_generator.state = saved["rng"]
 
     def minibatches(self, batch_size: int) -> Iterator[RolloutBatch]:
         """One pass over all steps in a fresh random order; the last batch may be smaller."""
@@ -315,7 +324,7 @@ class ReplayBuffer:
 
     def _forget(self, rows: np.ndarray) -> None:
         """No transition begins at these rows any more."""
-        self.size -= np.count_nonzero(self.is_start[rows])
+        self.size -= int(np.count_nonzero(self.is_start[rows]))
         self.is_start[rows] = False
 
     def sample(self, batch_size: int) -> ReplayBatch:
@@ -334,6 +343,44 @@ class ReplayBuffer:
             self.rewards.index_select(0, index),
             self.terminated.index_select(0, index),
         )
+
+    def cut(self, mask: np.ndarray) -> None:
+        """End the running episodes of the envs in mask, as a truncation would: a new one follows.
+
+        For an env that could not be brought back to where it was; `start` must come next. The
+        newest observation stays the next_obs of the last transition.
+        """
+        new_head = np.where(mask, self._after(self.head), self.head)
+        self._forget(new_head[mask])
+        self.fill[:] = np.minimum(self.fill + mask, self.rows)
+        self.head[:] = new_head
+
+    def state(self) -> dict:
+        """For a checkpoint: the rows in use, not copied, and the bookkeeping."""
+        return {
+            "obs": self.obs.state(self.fill),
+            **{name: stored(torch.as_tensor(getattr(self, name)), self.fill) for name in PER_ROW},
+            "head": torch.from_numpy(self.head.copy()),
+            "fill": torch.from_numpy(self.fill.copy()),
+            "size": self.size,
+            "rng": self._rng.bit_generator.state,
+        }
+
+    def load(self, saved: dict) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            ValueError: rows that this buffer does not have.
+        """
+        head, fill = saved["head"].numpy(), saved["fill"].numpy()
+        inside = (head >= self.first_row) & (head < self.first_row + self.rows)
+        if not (inside & (fill >= 1) & (fill <= self.rows)).all():
+            raise ValueError("its replay buffer has other rows than this one")
+        self.head[:], self.fill[:], self.size = head, fill, saved["size"]
+        self.obs.load(saved["obs"], self.fill)
+        for name in PER_ROW:
+            restore(torch.as_tensor(getattr(self, name)), self.fill, saved[name])
+        self._rng.bit_generator.state = saved["rng"]
 
     def _draw(self, n: int) -> np.ndarray:
         """n rows with `is_start`, uniform and independent. Rings may be filled unequally."""

@@ -26,6 +26,26 @@ def put(array: torch.Tensor, rows: np.ndarray, values: torch.Tensor) -> None:
     array[torch.from_numpy(rows).to(array.device)] = values.to(array.device)
 
 
+def _in_use(array: torch.Tensor, fill: np.ndarray) -> list[torch.Tensor]:
+    """Views, as bytes, of the first fill[i] rows of every ring i in an array."""
+    rings = array.view(len(fill), -1, *array.shape[1:])
+    return [ring[:n].view(torch.uint8) for ring, n in zip(rings, fill.tolist(), strict=True)]
+
+
+def stored(array: torch.Tensor, fill: np.ndarray) -> list[torch.Tensor]:
+    """For a checkpoint: the bytes of the first fill[i] rows of every ring i, on the CPU no copy.
+
+    `torch.save` writes whole storages; by the way through numpy a view gets one of its own.
+    """
+    return [torch.from_numpy(rows.cpu().numpy()) for rows in _in_use(array, fill)]
+
+
+def restore(array: torch.Tensor, fill: np.ndarray, saved: list[torch.Tensor]) -> None:
+    """Undo `stored`."""
+    for rows, values in zip(_in_use(array, fill), saved, strict=True):
+        rows.copy_(values)
+
+
 class Rows:
     """A stored row for each observation.
 
@@ -54,6 +74,14 @@ class Rows:
         """The observations (B, n) float32 of the rows in index (B,)."""
         rows = self.array.index_select(0, index)
         return self.codec.decode(self.codec.unpack(rows, self.obs_dim))
+
+    def state(self, fill: np.ndarray) -> dict:
+        """For a checkpoint: the first fill[i] rows of every ring i."""
+        return {"array": stored(self.array, fill)}
+
+    def load(self, saved: dict, fill: np.ndarray) -> None:
+        """Take over what `state` returned."""
+        restore(self.array, fill, saved["array"])
 
 
 class LiveColumns:
@@ -137,6 +165,38 @@ class LiveColumns:
         obs = self.codec.decode(change.bitwise_xor_(constant).view(self.codec.dtype))
         return obs.index_select(1, self.place)  # in float32: 0.06 ms; int16 codes would take 0.5
 
+    def state(self, fill: np.ndarray) -> dict:
+        """For a checkpoint: the first fill[i] rows of every ring i, as far as they are stored."""
+        arrays, fill = self._arrays(fill)
+        return {
+            "empty": self.empty,
+            "constant": torch.from_numpy(self.constant.copy()),
+            "live": torch.from_numpy(self.live.copy()),
+            "columns": torch.from_numpy(self.columns.copy()),
+            "stops": [part.stop for part, _ in self.blocks],
+            "arrays": [stored(array, fill) for array in arrays],
+        }
+
+    def load(self, saved: dict, fill: np.ndarray) -> None:
+        """Take over what `state` returned."""
+        self.empty = saved["empty"]
+        self.constant[:], self.live[:] = saved["constant"], saved["live"]
+        start = 0
+        for stop in saved["stops"]:
+            self._add_block(saved["columns"].numpy()[start:stop])
+            start = stop
+        arrays, fill = self._arrays(fill)
+        for array, values in zip(arrays, saved["arrays"], strict=True):
+            restore(array, fill, values)
+        if self.settled:
+            del self.whole
+
+    def _arrays(self, fill: np.ndarray) -> tuple[list[torch.Tensor], np.ndarray]:
+        """The arrays with rows, and how many of these are in use in every ring."""
+        if self.settled:
+            return [block for _, block in self.blocks], fill
+        return [self.whole], np.minimum(fill, self.watched)
+
     def _slot(self, rows):
         """Places in `whole` of rows (k,), numpy or torch."""
         return rows - rows // self.ring * (self.ring - self.watched)
@@ -147,24 +207,28 @@ class LiveColumns:
     def _settle(self) -> None:
         """Lay out the columns that are live as the first block and move the watched rows there."""
         columns = np.flatnonzero(self.live)
-        width, dtype = self.codec.row(len(columns))
-        block = zeros((self.num_envs * self.ring, width), dtype, self.device)
+        block = self._add_block(columns)
         watched = self.whole.cpu().numpy().reshape(self.num_envs, self.watched, -1)
         for env, change in enumerate(watched):
             first = env * self.ring
             block[first : first + self.watched] = self._pack(change[..., columns]).to(self.device)
         del self.whole
-        self._add_block(columns, block)
 
     def _join(self, columns: np.ndarray) -> None:
         """Give columns that have just changed for the first time a block of their own."""
-        shape = (self.num_envs * self.ring, len(columns))
-        self._add_block(columns, zeros(shape, self.integer, self.device))
+        self._add_block(columns)
         self.live[columns] = True
 
-    def _add_block(self, columns: np.ndarray, block: torch.Tensor) -> None:
+    def _add_block(self, columns: np.ndarray) -> torch.Tensor:
+        """Lazily zeroed rows for these columns, packed if they are the first."""
+        width, dtype = (
+            (len(columns), self.integer) if self.settled else self.codec.row(len(columns))
+        )
+        block = zeros((self.num_envs * self.ring, width), dtype, self.device)
         start = self.blocks[-1][0].stop if self.blocks else 0
-        stored = np.concatenate([self.columns[:start], columns])
-        self.columns = np.concatenate([stored, np.setdiff1d(self.columns, stored)])
+        columns_so_far = np.concatenate([self.columns[:start], columns])
+        others = np.setdiff1d(self.columns, columns_so_far)
+        self.columns = np.concatenate([columns_so_far, others])
         self.place = torch.from_numpy(np.argsort(self.columns)).to(self.device)
-        self.blocks.append((slice(start, len(stored)), block))
+        self.blocks.append((slice(start, len(columns_so_far)), block))
+        return block

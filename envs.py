@@ -8,11 +8,18 @@ never computed contact forces, so `cfrc_ext` was all zero in the paper's stack (
 while -v4 calls `mj_rnePostConstraint`, whose values reach the thousands on Humanoid. A faithful -v3
 leaves that call out. Then 84 of Ant's 111 and 84 of Humanoid's 376 columns are exactly 0, and so
 are the contact costs.
+
+For a checkpoint no state of a simulator is saved. MuJoCo's would not be enough: the rewards of Ant
+and Humanoid read positions that lag one step behind it. Instead the vector environment remembers
+how each running episode began and what was done since, and does it again (`episodes`, `replay`).
 """
 
 import difflib
+import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import mujoco
@@ -23,6 +30,9 @@ from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 from gymnasium.envs.mujoco.humanoid_v4 import HumanoidEnv
 from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.envs.registration import EnvSpec
+from torch import Tensor
+
+from quantize import ObservationError, check_finite
 
 
 class _NoContactForces:
@@ -97,20 +107,148 @@ def make(env_id: str) -> gym.Env:
     return env
 
 
-class _VectorEnv(gym.vector.SyncVectorEnv):
-    """Without the infos, which nobody reads, and without every copy but one."""
+class EnvironmentFault(Exception):
+    """An environment raised, or returned what cannot be learned from; the message says what."""
 
-    def _add_info(self, vector_infos: dict, env_info: dict, env_num: int) -> dict:
-        return vector_infos
+
+class _Episode(NamedTuple):
+    """What leads to an env's present state: a seed or np_random's state, and actions from there."""
+
+    start: int | dict
+    actions: list[np.ndarray]
+
+
+class _VectorEnv(gym.vector.SyncVectorEnv):
+    """Without infos, which nobody reads, and without every copy but one; replays episodes."""
+
+    LONGEST = 10_000  # actions; longer episodes are not replayed
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._episodes: list[_Episode | None] = [None] * self.num_envs
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        """Reset all envs, with seed, seed + 1, ..., or those of options["reset_mask"].
+
+        Returns:
+            Observations (num_envs, n), of an env that was not reset its last one; empty infos.
+
+        Raises:
+            EnvironmentFault: see there.
+        """
+        mask = options["reset_mask"] if options else np.ones(self.num_envs, np.bool_)
+        for i in np.flatnonzero(mask).tolist():
+            start = _rng_state(self.envs[i]) if seed is None else seed + i
+            self._episodes[i] = None  # until it has begun
+            self._env_obs[i] = self._begin(i, None if seed is None else start)
+            self._episodes[i] = None if start is None else _Episode(start, [])
+        return self._checked(self._env_obs), {}
 
     def step(self, actions: np.ndarray) -> tuple:
-        reward = np.empty(self.num_envs, np.float64)
+        """As `gym.vector.VectorEnv.step`, with empty infos.
+
+        Raises:
+            EnvironmentFault: see there. `episodes` still leads to where this step began.
+        """
+        actions = np.array(actions)
+        env_obs, reward = [None] * self.num_envs, np.empty(self.num_envs, np.float64)
         terminated, truncated = np.empty((2, self.num_envs), np.bool_)
-        for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            self._env_obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action)
-        obs = np.empty(self.observation_space.shape, self.observation_space.dtype)
-        np.stack(self._env_obs, out=obs)  # raises if an env's shape or kind of numbers is another
+        for i, action in enumerate(actions):
+            env_obs[i], reward[i], terminated[i], truncated[i] = self._step(i, action)
+        obs = self._checked(env_obs)
+        good = np.abs(reward) <= np.finfo(np.float32).max  # as which rewards are stored
+        if not good.all():
+            where = np.flatnonzero(~good).tolist()
+            raise EnvironmentFault(f"returned nan or inf in the reward of env {where}")
+        self._env_obs = env_obs
+        for i, episode in enumerate(self._episodes):
+            if episode and len(episode.actions) < self.LONGEST:
+                episode.actions.append(actions[i])
+            else:
+                self._episodes[i] = None
         return obs, reward, terminated, truncated, {}
+
+    def episodes(self) -> list[dict]:
+        """For a checkpoint: how every env came where it is; "start" is None where it is unknown."""
+        return [
+            {
+                "start": episode.start if episode else None,
+                "actions": torch.from_numpy(np.array(episode.actions if episode else [])),
+                "obs": torch.from_numpy(obs),
+            }
+            for episode, obs in zip(self._episodes, self._checked(self._env_obs), strict=True)
+        ]
+
+    def replay(self, episodes: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        """Bring every env to where it was when `episodes` was called.
+
+        Returns:
+            Observations (num_envs, n); and (num_envs,) bool, whether each is what it was, bit for
+            bit. Where it is not, a new episode has begun.
+
+        Raises:
+            EnvironmentFault: see there; of a new episode only.
+        """
+        replayed = np.empty(self.num_envs, np.bool_)
+        for i, episode in enumerate(episodes):
+            try:
+                replayed[i] = self._replay(i, **episode)
+            except (EnvironmentFault, TypeError, ValueError):
+                replayed[i] = False
+        return self.reset(options={"reset_mask": ~replayed})[0], replayed
+
+    def _replay(self, i: int, start: int | dict | None, actions: Tensor, obs: Tensor) -> bool:
+        if start is None:
+            return False
+        if isinstance(start, dict):
+            self.envs[i].unwrapped.np_random.bit_generator.state = start
+        self._env_obs[i] = self._begin(i, start if isinstance(start, int) else None)
+        for action in actions.numpy():
+            self._env_obs[i], *_ = self._step(i, action)
+        self._episodes[i] = _Episode(start, list(actions.numpy().copy()))
+        return self._checked(self._env_obs)[i].tobytes() == obs.numpy().tobytes()
+
+    def _begin(self, i: int, seed: int | None) -> np.ndarray:
+        try:
+            obs, _ = self.envs[i].reset(seed=seed)
+            return obs
+        except Exception as error:
+            raise _raised(error) from error
+
+    def _step(self, i: int, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        try:
+            obs, reward, terminated, truncated, _ = self.envs[i].step(action)
+            return obs, float(reward), bool(terminated), bool(truncated)
+        except Exception as error:
+            raise _raised(error) from error
+
+    def _checked(self, env_obs: list[np.ndarray]) -> np.ndarray:
+        """The envs' observations, (num_envs, n), in an array of their own."""
+        obs = np.empty(self.observation_space.shape, self.observation_space.dtype)
+        try:
+            np.stack(env_obs, out=obs)  # raises if a shape or kind of numbers is another
+            check_finite(obs)
+        except ObservationError as error:
+            raise EnvironmentFault(f"returned {error}") from None
+        except (TypeError, ValueError) as error:
+            space = self.single_observation_space
+            raise EnvironmentFault(
+                f"returned observations that are no {space.dtype} of shape {space.shape}: {error}"
+            ) from None
+        return obs
+
+
+def _rng_state(env: gym.Env) -> dict | None:
+    """The state of an env's np_random in plain Python values; None if it has none of these."""
+    generator = getattr(env.unwrapped.np_random, "bit_generator", None)
+    return generator.state if isinstance(generator, np.random.PCG64) else None
+
+
+def _raised(error: Exception) -> EnvironmentFault:
+    """What an env raised, as one line that says where."""
+    frame, line = traceback.extract_tb(error.__traceback__)[-1], (str(error) or "-").splitlines()[0]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return EnvironmentFault(f"raised {type(error).__name__} in {where}: {line}")
 
 
 def make_vector(env_id: str, num_envs: int) -> gym.vector.SyncVectorEnv:
@@ -149,14 +287,17 @@ def evaluate(
         act: observation (n,) -> action (k,) within the environment's bounds.
         episodes: how many; the first is seeded.
         seed: of the first reset.
+
+    Raises:
+        EnvironmentFault: see there.
     """
-    env = make(env_id)
+    env = make_vector(env_id, 1)
     returns = []
     for episode in range(episodes):
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        (obs,), _ = env.reset(seed=seed if episode == 0 else None)
         returns.append(0.0)
         for _ in range(10_000):
-            obs, reward, terminated, truncated, _ = env.step(act(obs))
+            (obs,), (reward,), (terminated,), (truncated,), _ = env.step(act(obs)[None])
             returns[-1] += float(reward)
             if terminated or truncated:
                 break

@@ -153,6 +153,41 @@ class Adam:
         scale = self.square.sqrt().add_(self.eps * correction)
         self.params.addcdiv_(self.mean, scale, value=-rate)
 
+    def state(self) -> dict:
+        """For a checkpoint: copies of params, mean and square, (3, n), and steps."""
+        vectors = torch.stack([self.params, self.mean, self.square]).cpu()
+        return {"vectors": vectors, "steps": self.steps}
+
+    def load(self, saved: dict) -> None:
+        """Take over what `state` returned. Raises ValueError if it is of other networks."""
+        theirs, ours = saved["vectors"].shape[-1], len(self.params)
+        if theirs != ours:
+            raise ValueError(f"its networks have {theirs:,} parameters, these have {ours:,}")
+        for vector, values in zip(
+            (self.params, self.mean, self.square), saved["vectors"], strict=True
+        ):
+            vector.copy_(values)
+        self.steps = saved["steps"]
+
+
+def check_update(what: str, loss: Tensor, gradient: Tensor, step: int) -> None:
+    """Stop before nan spreads: a step of Adam on it would turn every weight into nan.
+
+    Args:
+        what: whose update, for the message.
+        loss: ().
+        gradient: a vector. Adam squares it, so it must not overflow squared, either.
+        step: for the message.
+
+    Raises:
+        FloatingPointError: the loss or the squared norm of the gradient is nan or inf.
+    """
+    if not math.isfinite(loss + gradient.dot(gradient)):
+        raise FloatingPointError(
+            f"at step {step} the loss of {what} is {loss.item():g} and the norm of its gradient "
+            f"{gradient.norm().item():g}; training stopped before it spread"
+        )
+
 
 def set_threads(batch_size: int, inputs: int, hidden: int) -> None:
     """One thread for torch, in this whole process, where products are so small that a second waits.

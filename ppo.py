@@ -22,31 +22,22 @@ quite 1; TensorBoard shows by how much as `losses/first_ratio_error`.
 """
 
 import itertools
-import json
 import math
-import os
-import platform
-import sys
-import time
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import memory
+import runs
 from buffers import RolloutBuffer
 from envs import evaluate, make_vector
-from networks import MLP, Adam, set_threads
-from quantize import ObservationError, check_finite, make_codec
+from networks import MLP, Adam, check_update, set_threads
+from quantize import make_codec
 
 ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
 CLIP_EPS = 1e-6  # in the norm that the gradient is divided by; torch.nn.utils.clip_grad_norm_
@@ -85,6 +76,10 @@ class Args:
     """folder that holds the folders of the runs"""
     run_name: str | None = None
     """folder of this run; None derives it from env, seed and what differs from the defaults"""
+    checkpoint_every: int = 0
+    """steps from one checkpoint to the next; with 0 there is one only when the run is stopped"""
+    resume: bool = False
+    """go on from its last checkpoint with --run-name, or with the last such run left unfinished"""
 
     learning_rate: float = 3e-4
     """of the policy and the value function (Table II)"""
@@ -108,13 +103,10 @@ class Args:
     """bound on the norm of the whole gradient (Table II)"""
 
 
-NOT_IN_NAME = ("env", "seed", "total_timesteps", "device", "eval_episodes", "run_dir", "run_name")
-
-
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
     at_least_1 = "total_timesteps num_envs hidden n_steps batch_size n_epochs"
-    at_least_0 = "eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
+    at_least_0 = "checkpoint_every eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
     from_0_to_1 = "learning_rate gamma gae_lambda"
     ranges = ((at_least_1, 1, 10**12), (at_least_0, 0, 10**12), (from_0_to_1, 0, 1))
     for names, low, high in (*ranges, ("seed", 0, 2**32 - 1)):
@@ -129,71 +121,29 @@ def check(args: Args) -> None:
         )
 
 
-def find_device(name: str) -> torch.device:
-    """Raise ValueError for a device that torch does not know or that is absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # .item() refuses "meta", which holds no data
-    except (RuntimeError, AssertionError):
-        raise ValueError(
-            f"--device {name} is not available on this machine; cpu and auto always are"
-        ) from None
-    return torch.device(name)
-
-
-def make_run_dir(args: Args) -> Path:
-    """Create --run-name, or a derived name with the next free -2, -3, ...
-
-    Raises:
-        ValueError: --run-name exists, or the folder cannot be created.
-    """
-    changed = [
-        f"{field.name.replace('_', '-')}-{getattr(args, field.name)}"
-        for field in fields(args)
-        if field.name not in NOT_IN_NAME and getattr(args, field.name) != field.default
-    ]
-    name = "__".join([args.env.replace("/", "-"), "ppo", *changed, f"seed-{args.seed}"])
-    for number in itertools.count(1):
-        derived = name if number == 1 else f"{name}-{number}"
-        run_dir = Path(args.run_dir, args.run_name or derived)
-        try:
-            if len(run_dir.name) > 255:  # of most file systems; mkdir would first make the parents
-                raise ValueError(f"{run_dir.name} is too long; choose a shorter --run-name")
-            run_dir.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if args.run_name:
-                raise ValueError(f"{run_dir} exists; choose another --run-name") from None
-        except OSError as error:
-            raise ValueError(f"cannot create {run_dir}: {error.strerror}") from None
-    return run_dir
-
-
 def prepare(args: Args) -> tuple:
     """Check everything, create the run's folder last, and say what memory the run will take.
 
     Returns:
-        device, codec, vector env, dims (obs_dim, act_dim, num_envs), run_dir.
+        device, codec, vector env, its first obs (num_envs, n), dims (obs_dim, act_dim, num_envs),
+        place: the run's folder, locked, and what was saved there if it is resumed.
 
     Raises:
         SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
     """
-    try:
+    with runs.refusing("ppo.py"):
         check(args)
-        device = find_device(args.device)
+        device = runs.find_device(args.device)
         codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
         envs = make_vector(args.env, args.num_envs)
         (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
         dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
         sizes = dims | {name: getattr(args, name) for name in ("hidden", "n_steps", "batch_size")}
         footprint = memory.plan("ppo", codec, device, **sizes)  # refuses what cannot fit
-        run_dir = make_run_dir(args)
-    except ValueError as error:
-        print(f"ppo.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{run_dir} on {device}, observations stored as {codec.name}\n{footprint}")
-    return device, codec, envs, dims, run_dir
+        obs, _ = envs.reset(seed=args.seed)
+        place = runs.find_place("ppo.py", args, device)
+    print(f"{place} on {device}, observations stored as {codec.name}\n{footprint}")
+    return device, codec, envs, obs, dims, place
 
 
 def orthogonal(*sizes: int, gain: float) -> list[tuple[Tensor, Tensor]]:
@@ -292,21 +242,6 @@ def value_loss_gradient(value: Tensor, ret: Tensor) -> Tensor:
     return 2 * (value - ret) / len(value)
 
 
-def print_summary(result: dict, run_dir: Path) -> None:
-    """Say how the run went, from what is in its result.json."""
-    trained, evaluation = result["return_last_tenth"], result["evaluation"]
-    shown = "no episode ended in it" if trained is None else f"{trained:.1f}"
-    print(f"mean return over the last tenth of training: {shown}")
-    if evaluation:
-        print(f"mean return of {len(evaluation)} deterministic episodes: {np.mean(evaluation):.1f}")
-    print(
-        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB "
-        f"when full, whole process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
-        f"max |obs| {result['max_abs_obs']:.4g}\n"
-        f"{result['clamped'] or 'no value was clamped'}\nwrote {run_dir / 'result.json'}"
-    )
-
-
 @torch.inference_mode()  # all gradients are written out, see networks.py
 def main(args: Args) -> dict:
     """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
@@ -316,10 +251,9 @@ def main(args: Args) -> dict:
         "value_function", "log_std", "adam", "buffer".
 
     Raises:
-        SystemExit: code 2 for bad input, see `prepare`.
-        ObservationError: the environment returned nan or inf.
+        SystemExit: for bad input, see `prepare`; for a signal or a fault, see `runs.Run`.
     """
-    device, codec, envs, dims, run_dir = prepare(args)
+    device, codec, envs, obs, dims, place = prepare(args)
     obs_dim, act_dim = dims["obs_dim"], dims["act_dim"]
     torch.manual_seed(args.seed)
     envs.action_space.seed(args.seed)
@@ -347,130 +281,148 @@ def main(args: Args) -> dict:
         """Deterministic action: the mean, clipped to the environment's bounds."""
         return policy.in_numpy()(acted_on(obs[None]))[0, 0].clip(low, high)
 
-    writer = SummaryWriter(str(run_dir))
-    table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-    bar = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=None)
     episodes: list[tuple[int, float]] = []  # (global_step at the end, return)
     episode_return = np.zeros(args.num_envs, np.float64)
     episode_length = np.zeros(args.num_envs, np.int64)
-    global_step, reported, start_time = 0, False, time.perf_counter()
+    global_step, first_ratio_error = 0, 0.0
 
-    obs, _ = envs.reset(seed=args.seed)
-    while global_step < args.total_timesteps:
-        # --- Collect n_steps transitions per env -------------------------------------------------
-        # The density of mean + std * noise depends on the noise alone, so the rollout's is drawn
-        # at once. Every action then takes the place of its noise.
-        old_log_std = log_std.cpu()
-        std, noise = old_log_std.exp(), buffer.actions.normal_()
-        buffer.log_probs[:] = gaussian_log_prob(std * noise, torch.zeros_like(std), old_log_std)
-        std, noise = std.numpy(), noise.numpy()
-        policy_now, value_now = policy.in_numpy(), value_function.in_numpy()
-        for t in range(args.n_steps):
-            x = acted_on(obs)
-            mean, value = policy_now(x)[0], value_now(x)[0, :, 0]
-            action = mean + std * noise[t]
-            # The environment gets the clipped action; the buffer keeps what was sampled.
-            clipped = np.minimum(np.maximum(action, low), high)
-            next_obs, reward, terminated, truncated, _ = envs.step(clipped)
-            check_finite(next_obs)  # the values and the policy see it before the buffer does
-            global_step += args.num_envs
-            episode_return += reward
-            episode_length += 1
-            done = terminated | truncated
-            cut = truncated & ~terminated
-            if cut.any():  # not an end of the task: bootstrap from the true final observation
-                reward[cut] += args.gamma * value_now(acted_on(next_obs[cut]))[0, :, 0]
-            buffer.add(obs, action, value, reward, done)
-            if done.any():
-                episodes += [(global_step, float(ret)) for ret in episode_return[done]]
-                mean_return = float(episode_return[done].mean())
-                writer.add_scalar("charts/episodic_return", mean_return, global_step)
-                mean_length = float(episode_length[done].mean())
-                writer.add_scalar("charts/episodic_length", mean_length, global_step)
-                bar.set_postfix(episodic_return=f"{mean_return:.0f}", refresh=False)
-                episode_return[done], episode_length[done] = 0, 0
-                reset_obs, _ = envs.reset(options={"reset_mask": done})
-                next_obs = np.where(done[:, None], reset_obs, next_obs)
-            obs = next_obs
-            bar.update(args.num_envs)
+    def state() -> dict:
+        """What the next rollout depends on, for a checkpoint."""
+        return {
+            "global_step": global_step,
+            "first_ratio_error": first_ratio_error,
+            "episodes": torch.tensor(episodes, dtype=torch.float64),
+            "episode_return": torch.from_numpy(episode_return.copy()),
+            "episode_length": torch.from_numpy(episode_length.copy()),
+            "adam": adam.state(),
+            "buffer": buffer.state(),
+            "clamp": codec.clamp.state(),
+            "envs": envs.episodes(),
+            "rng": runs.rng_state(device),
+        }
 
-        # --- Learn: n_epochs passes over the rollout in minibatches ------------------------------
-        last_value = torch.from_numpy(value_now(acted_on(obs))[0, :, 0])
-        buffer.advantages[:], buffer.returns[:] = compute_gae(
-            buffer.rewards, buffer.values, buffer.ends, last_value, args.gamma, args.gae_lambda
-        )
-        first_ratio_error = None
-        for _ in range(args.n_epochs):
-            for mb in buffer.minibatches(args.batch_size):
-                (mean,), policy_tape = policy.forward(mb.obs)
-                value, value_tape = value_function.forward(mb.obs)
-                log_prob = gaussian_log_prob(mb.action, mean, log_std)
-                log_ratio = log_prob - mb.log_prob
-                ratio = log_ratio.exp()
-                value, advantage = value[0, :, 0], normalize(mb.advantage)
-                if first_ratio_error is None:
-                    first_ratio_error = (ratio - 1).abs().mean()
-                # PPO eq. 9, with the sign of a loss
-                d_ratio = clipped_policy_loss_gradient(ratio, advantage, args.clip_coef)
-                d_mean, d_log_std = gaussian_log_prob_gradient(
-                    mb.action, mean, log_std, d_ratio * ratio
-                )
-                d_value = args.vf_coef * value_loss_gradient(value, mb.ret)
-                policy.backward(policy_tape, d_mean[None])
-                value_function.backward(value_tape, d_value[None, :, None])
-                log_std.grad.copy_(d_log_std - args.ent_coef)  # the entropy's by log_std is 1
-                norm = adam.gradient.norm()
-                adam.gradient *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
-                adam.step()
+    replayed = np.zeros(args.num_envs, bool)  # whether an env goes on with an episode
+    if place.saved:
+        saved = place.saved
+        with runs.refusing("ppo.py"), place.reading():
+            global_step, first_ratio_error = saved["global_step"], saved["first_ratio_error"]
+            episodes = [(int(step), ret) for step, ret in saved["episodes"].tolist()]
+            episode_return[:], episode_length[:] = saved["episode_return"], saved["episode_length"]
+            adam.load(saved["adam"])
+            buffer.load(saved["buffer"])
+            codec.clamp.load(saved["clamp"])
+            obs, replayed = envs.replay(saved["envs"])
+            runs.set_rng_state(saved["rng"], device)
+        episode_return[~replayed], episode_length[~replayed] = 0, 0
+    after_update = state()  # what a fault in the rollout that follows leaves to be saved
 
-        # --- Log the last minibatch's losses, and the entropy after it ---------------------------
-        unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
-        for tag, metric in {
-            "losses/policy_loss": clipped_policy_loss(ratio, advantage, args.clip_coef),
-            "losses/value_loss": value_loss(value, mb.ret),
-            "losses/entropy": gaussian_entropy(log_std),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note on KL
-            "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-            "losses/first_ratio_error": first_ratio_error,
-            "losses/explained_variance": 1 - unexplained,
-            "charts/SPS": global_step / (time.perf_counter() - start_time),
-            "memory/buffer_bytes": buffer.nbytes,
-            "quant/clip_fraction": codec.clamp.fraction,
-            "quant/max_abs_obs": codec.clamp.max_abs,
-        }.items():
-            writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
-        if codec.clamp.clipped and not reported:
-            bar.write(f"warning: so far {codec.clamp.report()}", file=sys.stderr)
-            reported = True
+    with runs.Run("ppo.py", args, device, place, lambda: after_update, replayed) as run:
+        while run.goes_on(global_step):
+            # --- Collect n_steps transitions per env ---------------------------------------------
+            # The density of mean + std * noise depends on the noise alone, so the rollout's is
+            # drawn at once. Every action then takes the place of its noise.
+            old_log_std = log_std.cpu()
+            std, noise = old_log_std.exp(), buffer.actions.normal_()
+            buffer.log_probs[:] = gaussian_log_prob(std * noise, torch.zeros_like(std), old_log_std)
+            std, noise = std.numpy(), noise.numpy()
+            policy_now, value_now = policy.in_numpy(), value_function.in_numpy()
+            for t in range(args.n_steps):
+                x = acted_on(obs)
+                mean, value = policy_now(x)[0], value_now(x)[0, :, 0]
+                action = mean + std * noise[t]
+                # The environment gets the clipped action; the buffer keeps what was sampled.
+                clipped = np.minimum(np.maximum(action, low), high)
+                next_obs, reward, terminated, truncated, _ = envs.step(clipped)
+                global_step += args.num_envs
+                episode_return += reward
+                episode_length += 1
+                done = terminated | truncated
+                cut = truncated & ~terminated
+                if cut.any():  # not an end of the task: bootstrap from the true final observation
+                    reward[cut] += args.gamma * value_now(acted_on(next_obs[cut]))[0, :, 0]
+                buffer.add(obs, action, value, reward, done)
+                if done.any():
+                    episodes += [(global_step, float(ret)) for ret in episode_return[done]]
+                    run.log_episodes(episode_return[done], episode_length[done], global_step)
+                    episode_return[done], episode_length[done] = 0, 0
+                    next_obs, _ = envs.reset(options={"reset_mask": done})
+                obs = next_obs
+                run.bar.update(args.num_envs)
 
-    # --- Sum up ----------------------------------------------------------------------------------
-    bar.close()
-    envs.close()
-    print(f"trained; {args.eval_episodes} evaluation episodes follow")
-    last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
-    result = {
-        "algo": "ppo",
-        "global_step": global_step,
-        "ms_per_step": 1000 * (time.perf_counter() - start_time) / global_step,
-        "storage": codec.name,
-        "buffer_bytes": buffer.nbytes,
-        "rss_bytes": memory.resident(),
-        "peak_rss_bytes": memory.peak_resident(),
-        "clip_fraction": codec.clamp.fraction,
-        "max_abs_obs": codec.clamp.max_abs,
-        "clamped": codec.clamp.report(),
-        "first_ratio_error": first_ratio_error.item(),
-        "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
-        "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
-        "args": asdict(args),
-        "versions": {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)},
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-    }
-    writer.close()
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print_summary(result, run_dir)
+            # --- Learn: n_epochs passes over the rollout in minibatches --------------------------
+            last_value = torch.from_numpy(value_now(acted_on(obs))[0, :, 0])
+            buffer.advantages[:], buffer.returns[:] = compute_gae(
+                buffer.rewards, buffer.values, buffer.ends, last_value, args.gamma, args.gae_lambda
+            )
+            first_ratio_error = None
+            for _ in range(args.n_epochs):
+                for mb in buffer.minibatches(args.batch_size):
+                    (mean,), policy_tape = policy.forward(mb.obs)
+                    value, value_tape = value_function.forward(mb.obs)
+                    log_prob = gaussian_log_prob(mb.action, mean, log_std)
+                    log_ratio = log_prob - mb.log_prob
+                    ratio = log_ratio.exp()
+                    value, advantage = value[0, :, 0], normalize(mb.advantage)
+                    if first_ratio_error is None:
+                        first_ratio_error = (ratio - 1).abs().mean().item()
+                    # PPO eq. 9, with the sign of a loss
+                    d_ratio = clipped_policy_loss_gradient(ratio, advantage, args.clip_coef)
+                    d_mean, d_log_std = gaussian_log_prob_gradient(
+                        mb.action, mean, log_std, d_ratio * ratio
+                    )
+                    d_value = args.vf_coef * value_loss_gradient(value, mb.ret)
+                    policy.backward(policy_tape, d_mean[None])
+                    value_function.backward(value_tape, d_value[None, :, None])
+                    log_std.grad.copy_(d_log_std - args.ent_coef)  # the entropy's by log_std is 1
+                    pg_loss = clipped_policy_loss(ratio, advantage, args.clip_coef)
+                    v_loss = value_loss(value, mb.ret)
+                    check_update("policy and value", pg_loss + v_loss, adam.gradient, global_step)
+                    norm = adam.gradient.norm()
+                    adam.gradient *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
+                    adam.step()
+
+            # --- Log the last minibatch's losses, and the entropy after it -----------------------
+            unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
+            for tag, metric in {
+                "losses/policy_loss": pg_loss,
+                "losses/value_loss": v_loss,
+                "losses/entropy": gaussian_entropy(log_std),
+                "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note on KL
+                "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+                "losses/first_ratio_error": first_ratio_error,
+                "losses/explained_variance": 1 - unexplained,
+                "charts/SPS": global_step / run.seconds,
+                "memory/buffer_bytes": buffer.nbytes,
+                "quant/clip_fraction": codec.clamp.fraction,
+                "quant/max_abs_obs": codec.clamp.max_abs,
+            }.items():
+                run.log(tag, torch.as_tensor(metric).item(), global_step)
+            run.warn_of_clamping(codec.clamp)
+            after_update = state()
+
+        # --- Sum up ------------------------------------------------------------------------------
+        run.bar.close()
+        envs.close()
+        print(f"trained; {args.eval_episodes} evaluation episodes follow")
+        last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
+        result = {
+            "algo": "ppo",
+            "global_step": global_step,
+            "ms_per_step": 1000 * run.seconds / global_step,
+            "storage": codec.name,
+            "buffer_bytes": buffer.nbytes,
+            "rss_bytes": memory.resident(),
+            "peak_rss_bytes": memory.peak_resident(),
+            "clip_fraction": codec.clamp.fraction,
+            "max_abs_obs": codec.clamp.max_abs,
+            "clamped": codec.clamp.report(),
+            "first_ratio_error": first_ratio_error,
+            "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
+            "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
+            "args": asdict(args),
+            **runs.provenance(),
+        }
+        run.finish(result)
     return {
         "result": result,
         "policy": policy,
@@ -482,10 +434,5 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    try:
-        main(args)
-    except ObservationError as error:
-        sys.exit(f"ppo.py: error: {args.env} returned {error}")
-    except MemoryError as error:  # memory that was free when `prepare` looked
-        sys.exit(f"ppo.py: error: out of memory: {error}; see `python memory.py --budget`")
+    with runs.command("ppo.py"):
+        main(tyro.cli(Args))

@@ -100,6 +100,22 @@ class Clamp:
         self.max_abs = max(self.max_abs, peak)
         return obs
 
+    def state(self) -> dict:
+        """The counts, for a checkpoint."""
+        peak = None if self.column_peak is None else torch.from_numpy(self.column_peak.copy())
+        return {
+            "seen": self.seen,
+            "clipped": self.clipped,
+            "max_abs": self.max_abs,
+            "column_peak": peak,
+        }
+
+    def load(self, saved: dict) -> None:
+        """Take over what `state` returned."""
+        self.seen, self.clipped = saved["seen"], saved["clipped"]
+        self.max_abs, peak = saved["max_abs"], saved["column_peak"]
+        self.column_peak = None if peak is None else peak.numpy().copy()
+
     @property
     def fraction(self) -> float:
         """Share of the values seen that were clamped."""

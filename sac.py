@@ -22,31 +22,22 @@ transition.
 
 import copy
 import itertools
-import json
 import math
-import os
-import platform
-import sys
-import time
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Literal
 
-import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import memory
+import runs
 from buffers import ReplayBuffer
 from envs import evaluate, make_vector
-from networks import MLP, Adam, flatten, set_threads
-from quantize import ObservationError, make_codec
+from networks import MLP, Adam, check_update, flatten, set_threads
+from quantize import make_codec
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # SB3 sac/policies.py:21
 SQUASH_EPS = 1e-6  # keeps log(1 - a^2) finite at a = +-1; SB3 distributions.py:241
@@ -89,6 +80,10 @@ class Args:
     """folder that holds the folders of the runs"""
     run_name: str | None = None
     """folder of this run; None derives it from env, seed and what differs from the defaults"""
+    checkpoint_every: int = 0
+    """steps from one checkpoint to the next; with 0 there is one only when the run is stopped"""
+    resume: bool = False
+    """go on from its last checkpoint with --run-name, or with the last such run left unfinished"""
 
     learning_rate: float = 3e-4
     """of actor, critics and alpha (Table II)"""
@@ -110,13 +105,10 @@ class Args:
     """entropy in nats that alpha is tuned for; None is minus the number of actions"""
 
 
-NOT_IN_NAME = ("env", "seed", "total_timesteps", "device", "eval_episodes", "run_dir", "run_name")
-
-
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
     at_least_1 = "total_timesteps num_envs hidden buffer_size batch_size train_freq gradient_steps"
-    at_least_0 = "eval_episodes learning_starts"
+    at_least_0 = "checkpoint_every eval_episodes learning_starts"
     from_0_to_1 = "learning_rate gamma tau"
     ranges = ((at_least_1, 1, 10**12), (at_least_0, 0, 10**12), (from_0_to_1, 0, 1))
     for names, low, high in (*ranges, ("seed", 0, 2**32 - 1)):
@@ -139,59 +131,19 @@ def check(args: Args) -> None:
         )
 
 
-def find_device(name: str) -> torch.device:
-    """Raise ValueError for a device that torch does not know or that is absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()  # .item() refuses "meta", which holds no data
-    except (RuntimeError, AssertionError):
-        raise ValueError(
-            f"--device {name} is not available on this machine; cpu and auto always are"
-        ) from None
-    return torch.device(name)
-
-
-def make_run_dir(args: Args) -> Path:
-    """Create --run-name, or a derived name with the next free -2, -3, ...
-
-    Raises:
-        ValueError: --run-name exists, or the folder cannot be created.
-    """
-    changed = [
-        f"{field.name.replace('_', '-')}-{getattr(args, field.name)}"
-        for field in fields(args)
-        if field.name not in NOT_IN_NAME and getattr(args, field.name) != field.default
-    ]
-    name = "__".join([args.env.replace("/", "-"), "sac", *changed, f"seed-{args.seed}"])
-    for number in itertools.count(1):
-        derived = name if number == 1 else f"{name}-{number}"
-        run_dir = Path(args.run_dir, args.run_name or derived)
-        try:
-            if len(run_dir.name) > 255:  # of most file systems; mkdir would first make the parents
-                raise ValueError(f"{run_dir.name} is too long; choose a shorter --run-name")
-            run_dir.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if args.run_name:
-                raise ValueError(f"{run_dir} exists; choose another --run-name") from None
-        except OSError as error:
-            raise ValueError(f"cannot create {run_dir}: {error.strerror}") from None
-    return run_dir
-
-
 def prepare(args: Args) -> tuple:
     """Check everything, create the run's folder last, and say what memory the run will take.
 
     Returns:
-        device, codec, vector env, sizes (obs_dim, act_dim, num_envs, buffer_size), run_dir.
+        device, codec, vector env, its first obs (num_envs, n), sizes (obs_dim, act_dim, num_envs,
+        buffer_size), place: the run's folder, locked, and what was saved there if it is resumed.
 
     Raises:
         SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
     """
-    try:
+    with runs.refusing("sac.py"):
         check(args)
-        device = find_device(args.device)
+        device = runs.find_device(args.device)
         codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
         envs = make_vector(args.env, args.num_envs)
         (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
@@ -210,17 +162,15 @@ def prepare(args: Args) -> tuple:
         footprint = memory.plan(  # refuses what cannot fit
             "sac", codec, device, **sizes, **networks, drop_constant=args.drop_constant
         )
-        run_dir = make_run_dir(args)
-    except ValueError as error:
-        print(f"sac.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{run_dir} on {device}, observations stored as {codec.name}\n{footprint}")
+        obs, _ = envs.reset(seed=args.seed)
+        place = runs.find_place("sac.py", args, device)
+    print(f"{place} on {device}, observations stored as {codec.name}\n{footprint}")
     if args.memory_budget is not None:
         print(
             f"--memory-budget {args.memory_budget} holds {sizes['buffer_size']:,} rows; Python and "
             "its libraries take about 300 MB beside it"
         )
-    return device, codec, envs, sizes, run_dir
+    return device, codec, envs, obs, sizes, place
 
 
 def uniform(count: int, *sizes: int) -> list[tuple[Tensor, Tensor]]:
@@ -327,21 +277,6 @@ def alpha_loss_gradient(log_prob: Tensor, target_entropy: float) -> Tensor:
     return -(log_prob + target_entropy).mean()
 
 
-def print_summary(result: dict, run_dir: Path) -> None:
-    """Say how the run went, from what is in its result.json."""
-    trained, evaluation = result["return_last_tenth"], result["evaluation"]
-    shown = "no episode ended in it" if trained is None else f"{trained:.1f}"
-    print(f"mean return over the last tenth of training: {shown}")
-    if evaluation:
-        print(f"mean return of {len(evaluation)} deterministic episodes: {np.mean(evaluation):.1f}")
-    print(
-        f"{result['ms_per_step']:.2f} ms/step, buffer {result['buffer_bytes'] / 1e6:,.1f} MB "
-        f"when full, whole process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
-        f"max |obs| {result['max_abs_obs']:.4g}\n"
-        f"{result['clamped'] or 'no value was clamped'}\nwrote {run_dir / 'result.json'}"
-    )
-
-
 @torch.inference_mode()  # all gradients are written out, see networks.py
 def main(args: Args) -> dict:
     """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
@@ -351,10 +286,9 @@ def main(args: Args) -> dict:
         "target", "log_alpha", "adams", "buffer".
 
     Raises:
-        SystemExit: code 2 for bad input, see `prepare`.
-        ObservationError: the environment returned nan or inf.
+        SystemExit: for bad input, see `prepare`; for a signal or a fault, see `runs.Run`.
     """
-    device, codec, envs, sizes, run_dir = prepare(args)
+    device, codec, envs, obs, sizes, place = prepare(args)
     obs_dim, act_dim = sizes["obs_dim"], sizes["act_dim"]
     torch.manual_seed(args.seed)
     envs.action_space.seed(args.seed)
@@ -395,132 +329,154 @@ def main(args: Args) -> dict:
         out = actor.in_numpy()(acted_on(obs[None]))
         return to_env(np.tanh(out[0, 0, :act_dim]))
 
-    writer = SummaryWriter(str(run_dir))
-    table = "".join(f"|{name}|{value}|\n" for name, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
-    bar = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=None)
     episodes: list[tuple[int, float]] = []  # (global_step at the end, return)
     episode_return = np.zeros(args.num_envs, np.float64)
     episode_length = np.zeros(args.num_envs, np.int64)
-    global_step, next_log, reported = 0, LOG_EVERY, False
+    global_step, next_log = 0, LOG_EVERY
     buffer_bytes = buffer.nbytes  # with --drop-constant it depends on the data
-    start_time = time.perf_counter()
 
-    obs, _ = envs.reset(seed=args.seed)
-    buffer.start(obs, np.ones(args.num_envs, bool))
-    while global_step < args.total_timesteps:
-        # --- Collect one transition per env ------------------------------------------------------
-        if global_step < args.learning_starts:
-            action = 2 * (envs.action_space.sample() - low) / (high - low) - 1
-        else:
-            out = actor.in_numpy()(acted_on(obs))[0]
-            mean, log_std = out[:, :act_dim], out[:, act_dim:]
-            noise = torch.randn(args.num_envs, act_dim).numpy()
-            action = np.tanh(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
-        next_obs, reward, terminated, truncated, _ = envs.step(to_env(action))
-        buffer.add(action, reward, next_obs, terminated, truncated)
-        if args.drop_constant and buffer.nbytes != buffer_bytes:
-            buffer_bytes = buffer.nbytes
-            bar.write(memory.settled(buffer_bytes, buffer.obs.live, device))
-        if codec.clamp.clipped and not reported:
-            bar.write(f"warning: so far {codec.clamp.report()}", file=sys.stderr)
-            reported = True
-        global_step += args.num_envs
-        episode_return += reward
-        episode_length += 1
-        done = terminated | truncated
-        if done.any():
-            episodes += [(global_step, float(ret)) for ret in episode_return[done]]
-            mean_return = float(episode_return[done].mean())
-            writer.add_scalar("charts/episodic_return", mean_return, global_step)
-            mean_length = float(episode_length[done].mean())
-            writer.add_scalar("charts/episodic_length", mean_length, global_step)
-            bar.set_postfix(episodic_return=f"{mean_return:.0f}", refresh=False)
-            episode_return[done], episode_length[done] = 0, 0
-            reset_obs, _ = envs.reset(options={"reset_mask": done})
-            next_obs = np.where(done[:, None], reset_obs, next_obs)
-            buffer.start(next_obs, done)
-        obs = next_obs
-        bar.update(args.num_envs)
-        if global_step <= args.learning_starts:
-            continue
+    def state() -> dict:
+        """What the next step depends on, for a checkpoint."""
+        return {
+            "global_step": global_step,
+            "next_log": next_log,
+            "episodes": torch.tensor(episodes, dtype=torch.float64),
+            "episode_return": torch.from_numpy(episode_return.copy()),
+            "episode_length": torch.from_numpy(episode_length.copy()),
+            "actor": actor_adam.state(),
+            "critic": critic_adam.state(),
+            "target": target_params.cpu().clone(),
+            "buffer": buffer.state(),
+            "clamp": codec.clamp.state(),
+            "envs": envs.episodes(),
+            "rng": runs.rng_state(device, envs.action_space),
+        }
 
-        # --- Learn: as many updates as fell due with these transitions ---------------------------
-        due = global_step // args.train_freq - (global_step - args.num_envs) // args.train_freq
-        for _ in range(due * args.gradient_steps):
-            batch = buffer.sample(args.batch_size)
-            # Actions for s in the first half of the rows, for s' in the second.
-            out, actor_tape = actor.forward(batch.both_obs)
-            noise = torch.randn(len(batch.both_obs), act_dim, device=device)
-            mean, log_std = mean_and_log_std(out[0])
-            actions = squash(mean, log_std, noise)
-            log_probs = squashed_log_prob(noise, log_std, actions)
-            (action, next_action), (log_prob, next_log_prob) = actions.chunk(2), log_probs.chunk(2)
-            alpha = log_alpha.exp()  # before this update's own step of alpha
+    replayed = np.zeros(args.num_envs, bool)  # whether an env goes on with an episode
+    if place.saved:
+        saved = place.saved
+        with runs.refusing("sac.py"), place.reading():
+            global_step, next_log = saved["global_step"], saved["next_log"]
+            episodes = [(int(step), ret) for step, ret in saved["episodes"].tolist()]
+            episode_return[:], episode_length[:] = saved["episode_return"], saved["episode_length"]
+            actor_adam.load(saved["actor"])
+            critic_adam.load(saved["critic"])
+            target_params.copy_(saved["target"])
+            buffer.load(saved["buffer"])
+            codec.clamp.load(saved["clamp"])
+            obs, replayed = envs.replay(saved["envs"])
+            runs.set_rng_state(saved["rng"], device, envs.action_space)
+        episode_return[~replayed], episode_length[~replayed] = 0, 0
+        buffer.cut(~replayed)
+    buffer.start(obs, ~replayed)
 
-            next_q, _ = target.forward(torch.cat([batch.next_obs, next_action], 1))
-            q_target = soft_q_target(
-                batch.reward, batch.terminated, next_q[..., 0], next_log_prob, alpha, args.gamma
-            )
-            q, tape = critic.forward(torch.cat([batch.obs, batch.action], 1))
-            critic.backward(tape, critic_loss_gradient(q[..., 0], q_target)[..., None])
-            critic_adam.step()
+    with runs.Run("sac.py", args, device, place, state, replayed) as run:
+        while run.goes_on(global_step):
+            # --- Collect one transition per env --------------------------------------------------
+            if global_step < args.learning_starts:
+                action = 2 * (envs.action_space.sample() - low) / (high - low) - 1
+            else:
+                out = actor.in_numpy()(acted_on(obs))[0]
+                mean, log_std = out[:, :act_dim], out[:, act_dim:]
+                noise = torch.randn(args.num_envs, act_dim).numpy()
+                action = np.tanh(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
+            next_obs, reward, terminated, truncated, _ = envs.step(to_env(action))
+            buffer.add(action, reward, next_obs, terminated, truncated)
+            if args.drop_constant and buffer.nbytes != buffer_bytes:
+                buffer_bytes = buffer.nbytes
+                run.bar.write(memory.settled(buffer_bytes, buffer.obs.live, device))
+            run.warn_of_clamping(codec.clamp)
+            global_step += args.num_envs
+            episode_return += reward
+            episode_length += 1
+            done = terminated | truncated
+            if done.any():
+                episodes += [(global_step, float(ret)) for ret in episode_return[done]]
+                run.log_episodes(episode_return[done], episode_length[done], global_step)
+                episode_return[done], episode_length[done] = 0, 0
+                next_obs, _ = envs.reset(options={"reset_mask": done})
+                buffer.start(next_obs, done)
+            obs = next_obs
+            run.bar.update(args.num_envs)
 
-            q_pi, tape = critic.forward(torch.cat([batch.obs, action], 1))
-            d_q, d_log_prob = actor_loss_gradient(q_pi[..., 0], log_prob, alpha)
-            d_action = critic.input_gradient(tape, d_q[..., None], start=obs_dim)
-            half = slice(args.batch_size)  # the rows of s
-            d_out = squash_gradient(out[0, half], noise[half], action, d_action, d_log_prob)
-            actor.backward([layer[:, half] for layer in actor_tape], d_out[None])
-            log_alpha.grad.copy_(alpha_loss_gradient(log_prob, target_entropy))
-            actor_adam.step()
+            # --- Learn: as many updates as fell due with these transitions -----------------------
+            due = global_step // args.train_freq - (global_step - args.num_envs) // args.train_freq
+            due *= global_step > args.learning_starts
+            for _ in range(due * args.gradient_steps):
+                batch = buffer.sample(args.batch_size)
+                # Actions for s in the first half of the rows, for s' in the second.
+                out, actor_tape = actor.forward(batch.both_obs)
+                noise = torch.randn(len(batch.both_obs), act_dim, device=device)
+                mean, log_std = mean_and_log_std(out[0])
+                actions = squash(mean, log_std, noise)
+                log_probs = squashed_log_prob(noise, log_std, actions)
+                action, next_action = actions.chunk(2)
+                log_prob, next_log_prob = log_probs.chunk(2)
+                alpha = log_alpha.exp()  # before this update's own step of alpha
 
-            target_params.lerp_(critic_adam.params, args.tau)  # target + tau (critic - target)
+                next_q, _ = target.forward(torch.cat([batch.next_obs, next_action], 1))
+                q_target = soft_q_target(
+                    batch.reward, batch.terminated, next_q[..., 0], next_log_prob, alpha, args.gamma
+                )
+                q, tape = critic.forward(torch.cat([batch.obs, batch.action], 1))
+                critic.backward(tape, critic_loss_gradient(q[..., 0], q_target)[..., None])
+                qf_loss = critic_loss(q[..., 0], q_target)
+                check_update("the critics", qf_loss, critic_adam.gradient, global_step)
+                critic_adam.step()
 
-        # --- Log ---------------------------------------------------------------------------------
-        if due and global_step >= next_log:
-            next_log = global_step + LOG_EVERY
-            for tag, metric in {
-                "losses/qf_loss": critic_loss(q[..., 0], q_target),
-                "losses/actor_loss": actor_loss(q_pi[..., 0], log_prob, alpha),
-                "losses/alpha_loss": alpha_loss(log_alpha, log_prob, target_entropy),
-                "losses/qf1_values": q[0].mean(),
-                "losses/qf2_values": q[1].mean(),
-                "losses/entropy": -log_prob.mean(),
-                "losses/alpha": alpha,
-                "charts/SPS": global_step / (time.perf_counter() - start_time),
-                "memory/buffer_bytes": buffer.nbytes,
-                "quant/clip_fraction": codec.clamp.fraction,
-                "quant/max_abs_obs": codec.clamp.max_abs,
-            }.items():
-                writer.add_scalar(tag, torch.as_tensor(metric).item(), global_step)
+                q_pi, tape = critic.forward(torch.cat([batch.obs, action], 1))
+                d_q, d_log_prob = actor_loss_gradient(q_pi[..., 0], log_prob, alpha)
+                d_action = critic.input_gradient(tape, d_q[..., None], start=obs_dim)
+                half = slice(args.batch_size)  # the rows of s
+                d_out = squash_gradient(out[0, half], noise[half], action, d_action, d_log_prob)
+                actor.backward([layer[:, half] for layer in actor_tape], d_out[None])
+                log_alpha.grad.copy_(alpha_loss_gradient(log_prob, target_entropy))
+                pi_loss = actor_loss(q_pi[..., 0], log_prob, alpha)
+                check_update("actor and alpha", pi_loss, actor_adam.gradient, global_step)
+                actor_adam.step()
 
-    # --- Sum up ----------------------------------------------------------------------------------
-    bar.close()
-    envs.close()
-    print(f"trained; {args.eval_episodes} evaluation episodes follow")
-    last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
-    result = {
-        "algo": "sac",
-        "global_step": global_step,
-        "ms_per_step": 1000 * (time.perf_counter() - start_time) / global_step,
-        "storage": codec.name,
-        "buffer_bytes": buffer.nbytes,
-        "rss_bytes": memory.resident(),
-        "peak_rss_bytes": memory.peak_resident(),
-        "clip_fraction": codec.clamp.fraction,
-        "max_abs_obs": codec.clamp.max_abs,
-        "clamped": codec.clamp.report(),
-        "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
-        "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
-        "args": asdict(args) | {"buffer_size": sizes["buffer_size"]},
-        "versions": {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)},
-        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-    }
-    writer.close()
-    (run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print_summary(result, run_dir)
+                target_params.lerp_(critic_adam.params, args.tau)  # target + tau (critic - target)
+
+            # --- Log -----------------------------------------------------------------------------
+            if due and global_step >= next_log:
+                next_log = global_step + LOG_EVERY
+                for tag, metric in {
+                    "losses/qf_loss": qf_loss,
+                    "losses/actor_loss": pi_loss,
+                    "losses/alpha_loss": alpha_loss(log_alpha, log_prob, target_entropy),
+                    "losses/qf1_values": q[0].mean(),
+                    "losses/qf2_values": q[1].mean(),
+                    "losses/entropy": -log_prob.mean(),
+                    "losses/alpha": alpha,
+                    "charts/SPS": global_step / run.seconds,
+                    "memory/buffer_bytes": buffer.nbytes,
+                    "quant/clip_fraction": codec.clamp.fraction,
+                    "quant/max_abs_obs": codec.clamp.max_abs,
+                }.items():
+                    run.log(tag, torch.as_tensor(metric).item(), global_step)
+
+        # --- Sum up ------------------------------------------------------------------------------
+        run.bar.close()
+        envs.close()
+        print(f"trained; {args.eval_episodes} evaluation episodes follow")
+        last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
+        result = {
+            "algo": "sac",
+            "global_step": global_step,
+            "ms_per_step": 1000 * run.seconds / global_step,
+            "storage": codec.name,
+            "buffer_bytes": buffer.nbytes,
+            "rss_bytes": memory.resident(),
+            "peak_rss_bytes": memory.peak_resident(),
+            "clip_fraction": codec.clamp.fraction,
+            "max_abs_obs": codec.clamp.max_abs,
+            "clamped": codec.clamp.report(),
+            "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
+            "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
+            "args": asdict(args) | {"buffer_size": sizes["buffer_size"]},
+            **runs.provenance(),
+        }
+        run.finish(result)
     return {
         "result": result,
         "actor": actor,
@@ -533,10 +489,5 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    try:
-        main(args)
-    except ObservationError as error:
-        sys.exit(f"sac.py: error: {args.env} returned {error}")
-    except MemoryError as error:  # memory that was free when `prepare` looked
-        sys.exit(f"sac.py: error: out of memory: {error}; see `python memory.py --budget`")
+    with runs.command("sac.py"):
+        main(tyro.cli(Args))
