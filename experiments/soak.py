@@ -1,0 +1,215 @@
+"""Two million steps of SAC on a cheap task: do memory, speed and open files stay where they are?
+
+    python experiments/soak.py           # half an hour: table, results/soak.csv and soak.png
+    python experiments/soak.py --draw    # table and chart again, from soak.csv alone
+
+This process runs `sac.main` with a buffer of 10,000 rows, which wraps 200 times, and 20 checkpoints
+in a temporary folder. Its environment takes a sample of the process every --every steps and appends
+it to --out at once, so a run that is stopped leaves what it has; resumed it cannot be. Warm-up is
+the first tenth of the steps. Speed is that of the median window between two samples, of the first
+tenth after warm-up and of the last. Steps per second of CPU time judge it: a busy machine slows the
+wall clock. Linux only.
+"""
+
+import argparse
+import csv
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TextIO
+
+import gymnasium as gym
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from plot import read_csv
+from speed import ROOT, Parser, cpu, markdown
+
+sys.path.insert(0, str(ROOT))
+import sac
+
+SETTINGS = {"quant_m": 2, "buffer_size": 10_000, "batch_size": 32, "hidden": 32, "device": "cpu"}
+SETTINGS |= {"checkpoint_every": 100_000, "eval_episodes": 0}
+MEASURED = ["step", "wall_seconds", "cpu_seconds", "rss_bytes", "rss_anon_bytes", "file_handles"]
+COLUMNS = [*MEASURED, "torch", "cpu"]
+MOST_GROWTH, LEAST_SPEED = 5e6, 0.95  # bytes, share of the first speed
+
+
+class Cheap(gym.Env):
+    """Two columns that follow the actions, two of noise; one of these ends the episode."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, sampler: "Sampler"):
+        self.sampler = sampler
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        self.obs = 0.1 * self.np_random.standard_normal(4)
+        return self.obs, {}
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.sampler.count()
+        self.obs = 0.9 * self.obs + 0.3 * self.np_random.standard_normal(4)
+        self.obs[:2] += 0.3 * action
+        return self.obs, -float(self.obs @ self.obs), bool(self.obs[3] > 1.9), False, {}
+
+
+class Sampler:
+    """Appends a row of COLUMNS to a file after every so many calls of `count`."""
+
+    def __init__(self, file: TextIO, every: int):
+        self.file, self.every, self.step = file, every, 0
+        self.about = [torch.__version__, cpu()]
+        self.writer = csv.writer(file, lineterminator="\n")
+        self.writer.writerow(COLUMNS)
+        self.start = time.perf_counter(), time.process_time()
+
+    def count(self) -> None:
+        self.step += 1
+        if self.step % self.every == 0:
+            now = time.perf_counter(), time.process_time()
+            seconds = [f"{t - start:.3f}" for t, start in zip(now, self.start, strict=True)]
+            self.writer.writerow([self.step, *seconds, *resident(), file_handles(), *self.about])
+            self.file.flush()
+
+
+def resident() -> tuple[int, int]:
+    """Bytes of this process in memory now: whole, and without pages of files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    whole, anonymous = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "RssAnon"))
+    return whole, anonymous
+
+
+def file_handles() -> int:
+    """Descriptors that are open now, --out among them.
+
+    TensorBoard's thread opens its log anew for each write, and closes it. A sample may catch that,
+    so this is the least of three that are 2 ms apart; a leaked descriptor would be in all three.
+    """
+    found = []
+    for _ in range(3):
+        found.append(len(os.listdir("/proc/self/fd")) - 1)  # without the one that lists them
+        time.sleep(0.002)
+    return min(found)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run sac.main and leave the samples in --out. SystemExit as from sac.main."""
+    with open(args.out, "w", newline="") as file, tempfile.TemporaryDirectory() as folder:
+        sampler = Sampler(file, args.every)
+        about = {"max_episode_steps": 200, "disable_env_checker": True}  # then truncated
+        gym.register("Cheap-v0", lambda: Cheap(sampler), **about)
+        try:
+            sac.main(sac.Args("Cheap-v0", total_timesteps=args.steps, run_dir=folder, **SETTINGS))
+        finally:
+            del gym.registry["Cheap-v0"]
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The measured columns of --out. Raises OSError, or ValueError for what is no such file."""
+    rows = read_csv(path, COLUMNS)
+    if len(rows) < 10:
+        raise ValueError(f"{path} holds {len(rows)} samples; at least 10 are needed")
+    print(f"\n{path}: {rows[-1]['cpu']}, torch {rows[-1]['torch']}")
+    return {name: np.array([float(row[name]) for row in rows]) for name in MEASURED}
+
+
+def summarise(data: dict[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
+    """Of memory: after warm-up, growth to the end, largest growth. Of speed: first tenth after
+    warm-up, last tenth, ratio. Of file handles, after warm-up: fewest, most, most - fewest."""
+    step = data["step"]
+    tenth, warm, found = step[-1] / 10, step >= step[-1] / 10, {}
+    for name in ("rss_bytes", "rss_anon_bytes"):
+        size = data[name][warm]
+        found[name] = size[0], size[-1] - size[0], size.max() - size[0]
+    for name in ("cpu_seconds", "wall_seconds"):
+        speeds, end = np.diff(step) / np.diff(data[name]), step[1:]
+        first = np.median(speeds[(end > tenth) & (end <= 2 * tenth)])
+        last = np.median(speeds[end > 9 * tenth])
+        found[name] = first, last, last / first
+    handles = data["file_handles"][warm]
+    found["file_handles"] = handles.min(), handles.max(), np.ptp(handles)
+    return found
+
+
+def report(data: dict[str, np.ndarray]) -> None:
+    """Print the tables, then whether each limit was held."""
+    found, minutes = summarise(data), data["wall_seconds"][-1] / 60
+    print(f"{data['step'][-1]:,.0f} steps in {minutes:.1f} minutes, the first tenth is warm-up")
+    memory = [["resident memory, MB", "after warm-up", "growth to the end", "largest growth"]]
+    for label, name in (("whole", "rss_bytes"), ("anonymous", "rss_anon_bytes")):
+        memory.append([label, *(f"{size / 1e6:.2f}" for size in found[name])])
+    speed = [["steps per second of", "first tenth after warm-up", "last tenth", "ratio"]]
+    for label, name in (("CPU time", "cpu_seconds"), ("wall clock", "wall_seconds")):
+        first, last, ratio = found[name]
+        speed.append([label, f"{first:.0f}", f"{last:.0f}", f"{ratio:.3f}"])
+    markdown(memory)
+    markdown(speed)
+    fewest, most, spread = found["file_handles"]
+    growth = max(found["rss_bytes"][2], found["rss_anon_bytes"][2])
+    print(f"\nfile handles after warm-up: {fewest:.0f} to {most:.0f}\n")
+    for limit, held in {
+        f"resident memory grows by less than {MOST_GROWTH / 1e6:g} MB": growth < MOST_GROWTH,
+        f"steps per second of CPU time do not fall by more than {1 - LEAST_SPEED:.0%}": (
+            found["cpu_seconds"][2] >= LEAST_SPEED
+        ),
+        "file handles are constant": spread == 0,
+    }.items():
+        print(f"{'held' if held else 'missed'}: {limit}")
+
+
+def draw(data: dict[str, np.ndarray], path: Path) -> None:
+    """Memory, speed and file handles over the steps, side by side; warm-up is shaded."""
+    step, wall, cpu_time, whole, anonymous, handles = data.values()
+    figure = Figure(figsize=(12, 3.3), dpi=120, layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for size, label, color in ((whole, "whole", "#1667c4"), (anonymous, "anonymous", "#7fb0e6")):
+        after = size[step >= step[-1] / 10][0] / 1e6
+        left.plot(step, size / 1e6 - after, color=color, label=f"{label}, {after:.0f} MB")
+    left.axhline(MOST_GROWTH / 1e6, color="black", ls=":", lw=1, label="limit")
+    left.set_title("resident memory, MB since warm-up", fontsize=12)
+    middle.plot(step[1:], np.diff(step) / np.diff(wall), color="0.75", label="wall clock")
+    middle.plot(step[1:], np.diff(step) / np.diff(cpu_time), color="#1667c4", label="CPU time")
+    middle.set_title("steps per second of", fontsize=12)
+    right.plot(step, handles, color="#1667c4")
+    right.set_title("file handles", fontsize=12)
+    for axes in (left, middle, right):
+        axes.axvspan(0, step[-1] / 10, color="0.94", lw=0)
+        axes.set_xlim(0, step[-1])
+        axes.set_ylim(bottom=None if axes is left else 0, top=1.25 * axes.dataLim.y1)
+        axes.set_xlabel("environment steps (shaded: warm-up)", fontsize=11)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k" if x else "0")
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes is not right:
+            axes.legend(frameon=False, loc="center right" if axes is left else "lower right")
+    figure.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train unless told not to, then print and draw what is in --out."""
+    parser = Parser(prog="soak.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2_000_000)
+    parser.add_argument("--every", type=int, default=20_000, help="steps between two samples")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/soak.csv")
+    parser.add_argument("--draw", action="store_true", help="train nothing, read --out")
+    args = parser.parse_args(argv)
+    if args.every < 1 or args.steps < 10 * args.every:
+        parser.error("--every must be at least 1, --steps at least 10 times --every")
+    try:
+        if not args.draw:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            resident()  # fail now where there is no /proc
+            train(args)
+        report(data := read(args.out))
+        draw(data, chart := args.out.with_suffix(".png"))
+        print(f"wrote {chart}, from {args.out}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
