@@ -34,6 +34,8 @@ from torch import Tensor
 
 from quantize import ObservationError, check_finite
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)  # buffers keep rewards as float32
+
 
 class _NoContactForces:
     """Steps without `mj_rnePostConstraint`, so `cfrc_ext` keeps the zeros of `mj_resetData`.
@@ -137,12 +139,13 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
             EnvironmentFault: see there.
         """
         mask = options["reset_mask"] if options else np.ones(self.num_envs, np.bool_)
+        env_obs = list(self._env_obs)
         for i in np.flatnonzero(mask).tolist():
             start = _rng_state(self.envs[i]) if seed is None else seed + i
             self._episodes[i] = None  # until it has begun
-            self._env_obs[i] = self._begin(i, None if seed is None else start)
+            env_obs[i] = self._begin(i, None if seed is None else start)
             self._episodes[i] = None if start is None else _Episode(start, [])
-        return self._checked(self._env_obs), {}
+        return self._checked(env_obs), {}
 
     def step(self, actions: np.ndarray) -> tuple:
         """As `gym.vector.VectorEnv.step`, with empty infos.
@@ -156,11 +159,6 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         for i, action in enumerate(actions):
             env_obs[i], reward[i], terminated[i], truncated[i] = self._step(i, action)
         obs = self._checked(env_obs)
-        good = np.abs(reward) <= np.finfo(np.float32).max  # as which rewards are stored
-        if not good.all():
-            where = np.flatnonzero(~good).tolist()
-            raise EnvironmentFault(f"returned nan or inf in the reward of env {where}")
-        self._env_obs = env_obs
         for i, episode in enumerate(self._episodes):
             if episode and len(episode.actions) < self.LONGEST:
                 episode.actions.append(actions[i])
@@ -202,11 +200,12 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
             return False
         if isinstance(start, dict):
             self.envs[i].unwrapped.np_random.bit_generator.state = start
-        self._env_obs[i] = self._begin(i, start if isinstance(start, int) else None)
+        env_obs = list(self._env_obs)
+        env_obs[i] = self._begin(i, start if isinstance(start, int) else None)
         for action in actions.numpy():
-            self._env_obs[i], *_ = self._step(i, action)
+            env_obs[i], *_ = self._step(i, action)
         self._episodes[i] = _Episode(start, list(actions.numpy().copy()))
-        return self._checked(self._env_obs)[i].tobytes() == obs.numpy().tobytes()
+        return self._checked(env_obs)[i].tobytes() == obs.numpy().tobytes()
 
     def _begin(self, i: int, seed: int | None) -> np.ndarray:
         try:
@@ -218,12 +217,18 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
     def _step(self, i: int, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         try:
             obs, reward, terminated, truncated, _ = self.envs[i].step(action)
-            return obs, float(reward), bool(terminated), bool(truncated)
+            reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
         except Exception as error:
             raise _raised(error) from error
+        if not abs(reward) <= FLOAT32_MAX:  # nan is not, either
+            raise EnvironmentFault(f"returned the reward {reward}, which is no finite float32")
+        return obs, reward, terminated, truncated
 
     def _checked(self, env_obs: list[np.ndarray]) -> np.ndarray:
-        """The envs' observations, (num_envs, n), in an array of their own."""
+        """The envs' observations, (num_envs, n), in an array of their own; they are kept as well.
+
+        Not what the envs returned: some write into the same array at every step.
+        """
         obs = np.empty(self.observation_space.shape, self.observation_space.dtype)
         try:
             np.stack(env_obs, out=obs)  # raises if a shape or kind of numbers is another
@@ -235,6 +240,7 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
             raise EnvironmentFault(
                 f"returned observations that are no {space.dtype} of shape {space.shape}: {error}"
             ) from None
+        self._env_obs = list(obs)
         return obs
 
 

@@ -91,6 +91,7 @@ PEERS = (
     ("Just Round as released: uint16", 2, 2, "obs and next_obs"),
 )
 KNOB = {"ppo": "n_steps", "sac": "buffer_size"}  # the flag that sizes the buffer
+MOST = 10**12  # of any size; the scripts take no more
 COARSE = 100_000_000  # bytes; below this a measurement says little
 NOISY = "; below 100 MB temporary tensors and the libraries' noise, a few MB, exceed 3%"
 PROC_CGROUP, CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -313,7 +314,7 @@ def largest(algo: str, codec: Codec, budget: int, **sizes: int) -> int:
         ValueError: not even one batch fits; one line with the least budget.
     """
     allocated, knob, least = LEDGERS[algo], KNOB[algo], _least(algo, **sizes)
-    n = _most(allocated, codec, budget, 10**12, knob, sizes)  # the scripts take no more
+    n = _most(allocated, codec, budget, MOST, knob, sizes)
     if n < least:
         needed = total(allocated(codec, **sizes, **{knob: least}))
         raise ValueError(
@@ -378,9 +379,14 @@ def check_fits(allocated: Callable[..., Ledger], codec: Codec, free: int, **size
                 words = [flags, *words, f"in place of {codec.name}"]
             options.append(" ".join(words))
             most = n
+    remedy = f"not even {_flag(knob)} 1 fits; lower --hidden or --batch-size"
+    if options:
+        remedy = f"what fits: {', or '.join(options)}"
+    remedy = f"not even {_flag(knob)} 1 fits; lower --hidden or --batch-size"
+    if options:
+        remedy = f"what fits: {', or '.join(options)}"
     raise ValueError(
-        f"this run needs {mb(needed)} MB of memory and {mb(free)} MB are free; "
-        + (f"what fits: {', or '.join(options)}" if options else f"not even {_flag(knob)} 1 fits")
+        f"this run needs {mb(needed)} MB of memory and {mb(free)} MB are free; {remedy}"
     )
 
 
@@ -587,8 +593,8 @@ def check_args(args: Args) -> None:
     sizes = "obs_dim act_dim control_hz buffer_size n_steps num_envs hidden batch_size"
     for name in sizes.split():
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{_flag(name)} {value} must be positive")
+        if value is not None and not 0 < value <= MOST:
+            raise ValueError(f"{_flag(name)} {value} must be positive and at most {MOST}")
 
 
 def find_robot(args: Args) -> tuple[int, int, float | None]:

@@ -374,17 +374,15 @@ def main(args: Args) -> dict:
                     policy.backward(policy_tape, d_mean[None])
                     value_function.backward(value_tape, d_value[None, :, None])
                     log_std.grad.copy_(d_log_std - args.ent_coef)  # the entropy's by log_std is 1
-                    pg_loss = clipped_policy_loss(ratio, advantage, args.clip_coef)
-                    v_loss = value_loss(value, mb.ret)
-                    check_update("policy and value", pg_loss + v_loss, adam.gradient, global_step)
-                    norm = adam.gradient.norm()
+                    v_loss, norm = value_loss(value, mb.ret), adam.gradient.norm()
+                    check_update("the values", v_loss, norm, global_step)
                     adam.gradient *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
                     adam.step()
 
             # --- Log the last minibatch's losses, and the entropy after it -----------------------
             unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
             for tag, metric in {
-                "losses/policy_loss": pg_loss,
+                "losses/policy_loss": clipped_policy_loss(ratio, advantage, args.clip_coef),
                 "losses/value_loss": v_loss,
                 "losses/entropy": gaussian_entropy(log_std),
                 "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note on KL

@@ -421,7 +421,7 @@ def main(args: Args) -> dict:
                 q, tape = critic.forward(torch.cat([batch.obs, batch.action], 1))
                 critic.backward(tape, critic_loss_gradient(q[..., 0], q_target)[..., None])
                 qf_loss = critic_loss(q[..., 0], q_target)
-                check_update("the critics", qf_loss, critic_adam.gradient, global_step)
+                check_update("the critics", qf_loss, critic_adam.gradient.norm(), global_step)
                 critic_adam.step()
 
                 q_pi, tape = critic.forward(torch.cat([batch.obs, action], 1))
@@ -432,7 +432,7 @@ def main(args: Args) -> dict:
                 actor.backward([layer[:, half] for layer in actor_tape], d_out[None])
                 log_alpha.grad.copy_(alpha_loss_gradient(log_prob, target_entropy))
                 pi_loss = actor_loss(q_pi[..., 0], log_prob, alpha)
-                check_update("actor and alpha", pi_loss, actor_adam.gradient, global_step)
+                check_update("actor and alpha", pi_loss, actor_adam.gradient.norm(), global_step)
                 actor_adam.step()
 
                 target_params.lerp_(critic_adam.params, args.tau)  # target + tau (critic - target)

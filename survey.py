@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import gymnasium as gym
 import numpy as np
 
-from envs import make
+import envs
 from quantize import FixedPoint, ObservationError, bits, check_finite, quantize, stored_bits
 
 DECIMALS = range(4)
@@ -50,20 +50,32 @@ def collect(env: gym.Env, steps: int, seed: int) -> np.ndarray:
         (steps, n) float64.
 
     Raises:
+        ValueError: so many have no room.
         ObservationError: nan or inf.
+        EnvironmentFault: it raised, or returned what is no observation; the message says what.
     """
     env.action_space.seed(seed)
-    seen = np.empty((steps, *env.observation_space.shape), np.float64)
-    ended = True
+    shape, ended = env.observation_space.shape, True
+    try:
+        seen = np.empty((steps, *shape), np.float64)
+    except (MemoryError, ValueError) as error:
+        raise ValueError(f"--steps {steps} is too many: {error}") from None
     for i in range(steps):
-        if ended:
-            obs, _ = env.reset(seed=seed if i == 0 else None)
-            ended = False
-        else:
-            obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
-            ended = terminated or truncated
-        check_finite(obs)
-        seen[i] = obs
+        try:
+            if ended:
+                obs, _ = env.reset(seed=seed if i == 0 else None)
+                ended = False
+            else:
+                obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
+                ended = terminated or truncated
+            found = np.asarray(obs)
+        except Exception as error:
+            raise envs._raised(error) from error
+        if found.shape != shape or not np.can_cast(found.dtype, np.float64, "same_kind"):
+            what = f"{found.dtype} of shape {found.shape}"
+            raise envs.EnvironmentFault(f"returned an observation that is {what}, not {shape}")
+        check_finite(found)
+        seen[i] = found
     return seen
 
 
@@ -299,17 +311,19 @@ def print_advice(
 
 
 def main(args: Args) -> None:
-    """Look, then print. One line on stderr and exit code 2 for bad input, 1 for nan or inf."""
+    """Look, then print. One line on stderr, exit code 2 for bad input, 1 for a fault of the env."""
     try:
         if args.steps < 2:
             raise ValueError(f"--steps {args.steps} is too few; nothing varies in less than 2")
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed} must not be negative")
         FixedPoint(0, args.quant_b)  # refuses what is no bound
-        env = make(args.env)
+        env = envs.make(args.env)
         seen = collect(env, args.steps, args.seed)
     except ObservationError as error:
         sys.exit(f"quantize.py: error: {args.env} returned {error}")
+    except envs.EnvironmentFault as error:
+        sys.exit(f"quantize.py: error: {args.env} {error}")
     except (ValueError, MemoryError) as error:
         print(f"quantize.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

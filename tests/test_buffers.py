@@ -1,6 +1,7 @@
 """buffers.py against brute-force lists, on streams in which every observation is unique."""
 
 import copy
+import io
 import math
 from collections import Counter, deque
 from typing import NamedTuple
@@ -92,6 +93,10 @@ class Model:
             ring[-1] = transition
             ring.extend([None, None] if end else [None])
 
+    def cut(self, mask: list[bool]) -> None:
+        for ring, cut in zip(self.rings, mask, strict=True):
+            ring.extend([None] if cut else [])
+
     @property
     def stored(self) -> list[Transition]:
         return sorted(row for ring in self.rings for row in ring if row is not None)
@@ -111,9 +116,10 @@ class Pair:
     ):
         codec, device = codec or FixedPoint(2, 20_000), torch.device(device)
         self.num_envs = num_envs
-        self.buffer = ReplayBuffer(
+        self.new_buffer = lambda seed: ReplayBuffer(
             codec, buffer_size, num_envs, OBS_DIM, ACT_DIM, device, seed, drop_constant=drop
         )
+        self.buffer = self.new_buffer(seed)
         self.model = Model(buffer_size, num_envs)
         self.serials = 0
         self.current = [0] * num_envs
@@ -150,6 +156,26 @@ class Pair:
         if any(map(any, ends)):
             self.start([any(end) for end in ends])
 
+    def cut(self, mask: list[bool]) -> None:
+        """The episodes where mask is true could not be gone on with: new ones begin there."""
+        self.buffer.cut(np.array(mask))
+        self.model.cut(mask)
+        self.start(mask)
+
+    def resume(self) -> None:
+        """Go on with another buffer that was loaded from what this one saved."""
+        file = io.BytesIO()
+        torch.save(self.buffer.state(), file)
+        size, arrays = len(file.getvalue()), sum(part.nbytes for part in tensors_in(self.buffer))
+        assert size < arrays + 20_000  # no storage is written beyond what is used of it
+        file.seek(0)
+        restored = self.new_buffer(seed=99)
+        restored.load(torch.load(file, weights_only=True))
+        if self.buffer.size:
+            pairs = zip(self.buffer.sample(8), restored.sample(8), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
+        self.buffer = restored
+
     def check(self) -> None:
         """The public arrays hold the model's transitions, `size` counts them, samples are some."""
         stored = transitions_in(self.buffer)
@@ -158,6 +184,18 @@ class Pair:
         assert self.buffer.fill.tolist() == [len(ring) for ring in self.model.rings]
         if stored:
             assert set(transitions_of(self.buffer.sample(32))) <= set(stored)
+
+
+def tensors_in(buffer: ReplayBuffer) -> list[torch.Tensor]:
+    """Those of its state, however deep."""
+
+    def walk(value) -> list[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            return [value]
+        parts = value.values() if isinstance(value, dict) else value
+        return [t for part in parts for t in walk(part)] if isinstance(value, dict | list) else []
+
+    return walk(buffer.state())
 
 
 def transitions_in(buffer: ReplayBuffer) -> list[Transition]:
@@ -240,6 +278,15 @@ class RandomEnds(RuleBasedStateMachine):
         for _ in range(steps):
             self.pair.step([GOES_ON] * self.pair.num_envs)
 
+    @rule(data=st.data())
+    def cut(self, data):
+        n = self.pair.num_envs
+        self.pair.cut(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+
+    @rule()
+    def resume(self):
+        self.pair.resume()
+
     @invariant()
     def holds_what_the_model_holds(self):
         self.pair.check()
@@ -247,6 +294,54 @@ class RandomEnds(RuleBasedStateMachine):
 
 RandomEnds.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestRandomEnds = RandomEnds.TestCase
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@drop_or_not
+def test_a_buffer_resumes_in_every_dtype_before_and_after_it_wraps(codec, drop):
+    """Bytes, as FixedPoint(0) and float8 do not hold the serial numbers: what is saved is equal."""
+    for steps in (0, 3, 9, 30):
+        buffers = [ReplayBuffer(codec, 12, 3, OBS_DIM, ACT_DIM, CPU, 1, drop) for _ in range(2)]
+        buffers[0].start(observations(np.arange(3)), np.ones(3, bool))
+        for t in range(steps):
+            obs = observations(np.arange(3) + 3 * t) % 100
+            ends = np.array([t % 4 == 0, False, False])
+            buffers[0].add(np.ones((3, ACT_DIM)), np.full(3, t), obs, ends, ~ends & False)
+            if ends.any():
+                buffers[0].start(obs, ends)
+        file = io.BytesIO()
+        torch.save(buffers[0].state(), file)
+        file.seek(0)
+        buffers[1].load(torch.load(file, weights_only=True))
+        one, other = map(tensors_in, buffers)
+        assert len(one) == len(other) and all(map(torch.equal, one, other))
+        if steps:
+            for a, b in zip(*(buffer.sample(50) for buffer in buffers), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_a_cut_episode_ends_as_if_truncated_and_no_transition_joins_it_to_the_next():
+    pair = Pair(10, num_envs=2)  # observations 1, 2
+    pair.step([GOES_ON, GOES_ON])  # 1 -> 3, 2 -> 4
+    pair.cut([True, False])  # 5 begins
+    pair.step([GOES_ON, GOES_ON])  # 5 -> 6, 4 -> 7
+    pairs = {(t.obs, t.next_obs) for t in transitions_in(pair.buffer)}
+    assert pairs == {(1, 3), (2, 4), (5, 6), (4, 7)}
+
+
+@pytest.mark.parametrize("name", ["head", "fill"])
+@pytest.mark.parametrize("value", [-1, 0, 5, 6, 99])
+def test_saved_rows_beyond_the_rings_are_refused(name, value):
+    """Rings of 5 rows: heads 0 to 4 and 5 to 9, fills from 1 to 5."""
+    pair = Pair(8, num_envs=2)
+    saved = pair.buffer.state()
+    saved[name][1] = value
+    fits = value in {"head": (5, 6), "fill": (5,)}[name]
+    if not fits:
+        with pytest.raises(ValueError, match="other rows"):
+            pair.new_buffer(0).load(saved)
+    elif name == "head":
+        pair.new_buffer(0).load(saved)
 
 
 def test_terminated_wins_over_truncated():

@@ -1,5 +1,6 @@
 """envs.py: the four -v3 tasks against v3's published formulas and Gymnasium's v4 classes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.envs.mujoco.ant_v4 import AntEnv
 from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 from gymnasium.envs.mujoco.humanoid_v4 import HumanoidEnv
@@ -409,3 +411,62 @@ def test_vector_env_refuses_an_observation_of_another_shape_or_kind(monkeypatch,
     vector.envs[0].step = lambda action: (bad, 0.0, False, False, {})
     with pytest.raises(envs.EnvironmentFault, match="returned observations that are no float32"):
         vector.step(np.zeros((1, 2), np.float32))
+
+
+# --- Replay --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", [*envs.V3_TASKS, "Pendulum-v1", "Hopper-v5"])
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("stop", [1, 37, 250])
+def test_a_replayed_env_goes_on_as_the_one_that_was_not_stopped(env_id, num_envs, stop):
+    """Observations and rewards: Ant's and Humanoid's read positions that lag one step behind."""
+    went_on, rng = envs.make_vector(env_id, num_envs), np.random.default_rng(0)
+    space = went_on.single_action_space
+
+    def step(vectors: list) -> list:
+        actions = rng.uniform(space.low, space.high, (num_envs, *space.shape)).astype(np.float32)
+        steps = [vector.step(actions)[:4] for vector in vectors]
+        for vector, (_, _, terminated, truncated) in zip(vectors, steps, strict=True):
+            if (terminated | truncated).any():
+                vector.reset(options={"reset_mask": terminated | truncated})
+        return steps
+
+    went_on.reset(seed=5)
+    for _ in range(stop):
+        step([went_on])
+    again = envs.make_vector(env_id, num_envs)
+    again.reset(seed=5)
+    saved = went_on.episodes()
+    obs, replayed = again.replay(saved)
+    assert replayed.all()
+    assert obs.tobytes() == np.stack([episode["obs"].numpy() for episode in saved]).tobytes()
+    for _ in range(150):
+        one, other = step([went_on, again])
+        for a, b in zip(one, other, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+
+def test_a_step_that_fails_leaves_the_replay_where_it_was(monkeypatch):
+    """The first env steps, the second one raises: neither step counts."""
+    monkeypatch.setattr(envs, "make", lambda _: Scripted())
+    vector = envs.make_vector("any", 2)
+    vector.reset(seed=1)
+    before = [{k: copy.deepcopy(v) for k, v in e.items()} for e in vector.episodes()]
+    monkeypatch.setattr(vector.envs[1], "step", lambda action: 1 / 0)
+    with pytest.raises(envs.EnvironmentFault, match=r"raised ZeroDivisionError in test_envs.py"):
+        vector.step(np.zeros((2, 2), np.float32))
+    for one, other in zip(before, vector.episodes(), strict=True):
+        assert one["start"] == other["start"] and len(other["actions"]) == 0
+        assert torch.equal(one["obs"], other["obs"])
+
+
+def test_an_env_with_a_generator_of_another_kind_is_not_replayed(monkeypatch):
+    monkeypatch.setattr(envs, "make", lambda _: Scripted())
+    vector = envs.make_vector("any", 1)
+    vector.reset(seed=1)
+    assert vector.episodes()[0]["start"] == 1
+    vector.envs[0].unwrapped.np_random = np.random.Generator(np.random.MT19937(3))
+    vector.reset()
+    assert vector.episodes()[0]["start"] is None
+    assert not vector.replay(vector.episodes())[1].any()

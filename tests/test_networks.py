@@ -276,3 +276,30 @@ def two_threads():
 def test_small_networks_take_one_thread(two_threads, batch_size, inputs, hidden, threads):
     set_threads(batch_size, inputs, hidden)
     assert torch.get_num_threads() == threads
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------
+
+
+def test_adam_goes_on_from_what_it_saved():
+    torch.manual_seed(0)
+    adams = [Adam([torch.randn(3, 2), torch.randn(4)], 0.01) for _ in range(2)]
+    for step in range(6):
+        if step == 3:
+            assert not torch.equal(adams[0].params, adams[1].params)
+            saved = adams[0].state()
+            adams[0].step()  # what was saved is a copy
+            adams[1].load(saved)
+            adams[0].load(saved)
+        for adam in adams[: 1 + (step >= 3)]:
+            adam.gradient.copy_(torch.arange(10.0) - step)
+            adam.step()
+    for name in ("params", "mean", "square"):
+        assert torch.equal(getattr(adams[0], name), getattr(adams[1], name))
+    assert adams[0].steps == adams[1].steps == 6
+
+
+def test_adam_refuses_what_other_networks_saved():
+    saved = Adam([torch.zeros(10)], 0.1).state()
+    with pytest.raises(ValueError, match="its networks have 10 parameters, these have 1,001"):
+        Adam([torch.zeros(1001)], 0.1).load(saved)

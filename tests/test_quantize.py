@@ -688,3 +688,16 @@ def test_make_codec_refuses_to_pack_floats(storage):
         make_codec(None, 127, storage, pack=True)
     with pytest.raises(ValueError, match="--storage float16 exclude each other"):
         make_codec(2, 127, "float16", pack=True)
+
+
+@pytest.mark.parametrize("value", [1.0, 500.0])
+def test_the_counts_of_the_clamp_go_on_from_what_was_saved(value):
+    codecs = [FixedPoint(2), FixedPoint(2)]
+    codecs[0].encode(np.array([[0.0, value, -3.0]]))
+    saved = codecs[0].clamp.state()
+    codecs[0].encode(np.array([[-900.0, 0.0, 0.0]]))  # what was saved is a copy
+    codecs[1].clamp.load(saved)
+    codecs[1].encode(np.array([[-900.0, 0.0, 0.0]]))
+    one, other = (codec.clamp for codec in codecs)
+    assert one.report() == other.report() and "columns [0" in one.report()
+    assert (one.seen, one.fraction, one.max_abs) == (other.seen, other.fraction, other.max_abs)
