@@ -95,11 +95,12 @@ def make(env_id: str) -> gym.Env:
         with warnings.catch_warnings():  # an outdated id is told of in the one line below, or works
             warnings.simplefilter("ignore", DeprecationWarning)
             env = gym.make(V3_TASKS.get(env_id, env_id))
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+    except Exception as error:  # of Gymnasium, of the module that is imported, of the environment
         others = dict.fromkeys(name for name in [*V3_TASKS, *gym.registry] if name != env_id)
         close = difflib.get_close_matches(env_id, others, n=3, cutoff=0.4) or list(V3_TASKS)
-        if env_id in gym.registry or isinstance(error, ModuleNotFoundError):
-            why = str(error).splitlines()[0]
+        misnamed = (gym.error.Error, TypeError, ValueError)  # what Gymnasium says of a bad name
+        if env_id.split(":")[-1] in gym.registry or not isinstance(error, misnamed):
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot make '{env_id}': {why}; try {', '.join(close)}") from error
         raise ValueError(f"unknown --env '{env_id}'; closest: {', '.join(close)}") from error
     problem = _unsuitable(env.observation_space, env.action_space)
@@ -207,6 +208,12 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         self._episodes[i] = _Episode(start, list(actions.numpy().copy()))
         return self._checked(env_obs)[i].tobytes() == obs.numpy().tobytes()
 
+    def close_extras(self, **kwargs) -> None:
+        try:
+            super().close_extras(**kwargs)
+        except Exception as error:
+            raise _raised(error) from error
+
     def _begin(self, i: int, seed: int | None) -> np.ndarray:
         try:
             obs, _ = self.envs[i].reset(seed=seed)
@@ -232,9 +239,10 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         obs = np.empty(self.observation_space.shape, self.observation_space.dtype)
         try:
             np.stack(env_obs, out=obs)  # raises if a shape or kind of numbers is another
-            check_finite(obs)
+            with np.errstate(over="ignore"):
+                check_finite(obs.astype(np.float32))  # which is what networks see
         except ObservationError as error:
-            raise EnvironmentFault(f"returned {error}") from None
+            raise EnvironmentFault(f"returned {error} as float32") from None
         except (TypeError, ValueError) as error:
             space = self.single_observation_space
             raise EnvironmentFault(
@@ -273,12 +281,13 @@ def make_vector(env_id: str, num_envs: int) -> gym.vector.SyncVectorEnv:
 def _unsuitable(obs_space: gym.Space, action_space: gym.Space) -> str | None:
     """What keeps these spaces from being used here, as the end of a sentence; None if nothing."""
     Box = gym.spaces.Box
-    if not isinstance(obs_space, Box) or len(obs_space.shape) != 1:
-        return f"has observations {obs_space}; a Box of shape (n,) is needed"
-    if not isinstance(action_space, Box) or len(action_space.shape) != 1:
-        return f"has actions {action_space}; a Box of shape (n,) is needed"
+    for kind, space in (("observations", obs_space), ("actions", action_space)):
+        if not isinstance(space, Box) or len(space.shape) != 1 or not space.shape[0]:
+            return f"has {kind} {space}; a Box of shape (n,), n at least 1, is needed"
     if not np.isfinite([action_space.low, action_space.high]).all():
         return f"has actions {action_space}; finite bounds are needed"
+    if not (action_space.low < action_space.high).all():
+        return f"has actions {action_space}; low must be below high"
     return None
 
 
@@ -297,7 +306,10 @@ def evaluate(
     Raises:
         EnvironmentFault: see there.
     """
-    env = make_vector(env_id, 1)
+    try:
+        env = make_vector(env_id, 1)
+    except ValueError as error:  # a second one, where there may be only one at a time
+        raise EnvironmentFault(f"was not evaluated: {error}") from error
     returns = []
     for episode in range(episodes):
         (obs,), _ = env.reset(seed=seed if episode == 0 else None)

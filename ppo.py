@@ -105,11 +105,11 @@ class Args:
 
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
-    at_least_1 = "total_timesteps num_envs hidden n_steps batch_size n_epochs"
+    at_least_1 = "total_timesteps hidden n_steps batch_size n_epochs"
     at_least_0 = "checkpoint_every eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
     from_0_to_1 = "learning_rate gamma gae_lambda"
     ranges = ((at_least_1, 1, 10**12), (at_least_0, 0, 10**12), (from_0_to_1, 0, 1))
-    for names, low, high in (*ranges, ("seed", 0, 2**32 - 1)):
+    for names, low, high in (*ranges, ("num_envs", 1, 10_000), ("seed", 0, 2**32 - 1)):
         for name in names.split():
             if not low <= getattr(args, name) <= high:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"

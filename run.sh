@@ -106,6 +106,8 @@ reproduce)
     .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 --rounds 3 --steps 1000
     .venv/bin/python experiments/plot.py collect runs/ablation --out experiments/results/ablation
     .venv/bin/python experiments/budget.py
+    .venv/bin/python experiments/checkpoint.py
+    .venv/bin/python experiments/soak.py
     unset OMP_NUM_THREADS
     .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
     .venv/bin/python experiments/plot.py draw --results experiments/results

@@ -191,7 +191,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()  # .item() refuses "meta", which holds no data
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(
             f"--device {name} is not available on this machine; cpu and auto always are"
         ) from None
@@ -260,11 +260,11 @@ def set_rng_state(saved: dict, device: torch.device, *spaces: gym.Space) -> None
 
 
 class Place(NamedTuple):
-    """A run's folder, the lock that keeps a second process out of it, and its last checkpoint."""
+    """A run's folder, the lock that keeps a second process out of it, and what was saved there."""
 
     folder: Path
     lock: int
-    saved: dict | None  # of the checkpoint; None for a new run
+    saved: dict | None  # None for a new run; `Run` empties it
 
     def __str__(self) -> str:
         return f"{self.folder}" + (f" from step {self.saved['global_step']}" if self.saved else "")
@@ -278,8 +278,10 @@ class Place(NamedTuple):
         """Around what takes from a checkpoint: raises ValueError, one line, if it does not fit."""
         try:
             yield
-        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             os.close(self.lock)
+            if isinstance(error, EnvironmentFault):
+                raise
             why = error if type(error) is ValueError else f"{FORGED} ({error!r})".splitlines()[0]
             raise ValueError(f"--resume: {self.path} cannot be used: {why}") from None
 
@@ -301,6 +303,9 @@ def find_place(script: str, args: Any, device: torch.device) -> Place:
         and getattr(args, field.name) != field.default
     ]
     name = "__".join([args.env.replace("/", "-"), algo, *changed, f"seed-{args.seed}"])
+    for part in Path(args.run_dir, args.run_name or name).parts:
+        if len(os.fsencode(part)) > 255:  # of most file systems; mkdir would first make the parents
+            raise ValueError(f"{part} is too long; choose a shorter --run-dir or --run-name")
     if not args.resume:
         return _create(args, name)
     if args.run_name:
@@ -332,8 +337,6 @@ def _create(args: Any, name: str) -> Place:
         derived = name if number == 1 else f"{name}-{number}"
         folder = Path(args.run_dir, args.run_name or derived)
         try:
-            if len(folder.name) > 255:  # of most file systems; mkdir would first make the parents
-                raise ValueError(f"{folder.name} is too long; choose a shorter --run-name")
             folder.mkdir(parents=True)
             return Place(folder, _lock(folder), None)
         except FileExistsError:
@@ -349,12 +352,12 @@ def _create(args: Any, name: str) -> Place:
 def _unfit(folder: Path, total_timesteps: int) -> str | None:
     """Why a run cannot be resumed, as a clause; None if it can."""
     if not (folder / "checkpoint.pt").is_file():
-        return f"{folder} has no checkpoint to go on from"
+        return f"{folder} has no checkpoint to go on from; choose another --run-name"
     try:
         done = json.loads((folder / "result.json").read_text())["global_step"]
     except (OSError, ValueError, KeyError, TypeError):  # none, or not of ours: unfinished
         done = -1
-    if done >= total_timesteps:
+    if isinstance(done, int) and done >= total_timesteps:
         return f"{folder} is finished; --total-timesteps beyond {done} trains it further"
     try:
         os.close(_lock(folder))
@@ -410,14 +413,16 @@ class Run:
     ):
         self.script, self.args, self.device = script, args, device
         self.place, self.state, self.replayed = place, state, replayed
-        saved = place.saved or {"global_step": None, "seconds": 0.0}
-        self.step, self.seconds_before = saved["global_step"] or 0, saved["seconds"]
-        self.saved_step: int | None = saved["global_step"]
-        self.next_save = self._after(self.step) if place.saved else 0
+        saved, self.resumed = place.saved or {}, bool(place.saved)
+        self.saved_step: int | None = saved.get("global_step")
+        self.step, self.seconds_before = self.saved_step or 0, saved.get("seconds", 0.0)
+        self.next_save = self._after(self.step) if self.resumed else 0
+        saved.clear()  # its tensors are the file, whose place on disk could not be given back
         self.training, self.signal = True, None
         self.failing = self.clamping = False  # whether that was said
 
     def __enter__(self) -> "Run":
+        check_plain(self.state(), "state()")  # rather than when it is to be saved
         self.start = time.perf_counter()
         total = self.args.total_timesteps
         self.bar = tqdm(
@@ -429,7 +434,7 @@ class Run:
         for number, log in enumerate(self._logs()):
             log.rename(log.with_name(re.sub(r"\d+", f"{number:010}", log.name, count=1)))
         self._open_log()
-        if not self.place.saved:
+        if not self.resumed:
             rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(self.args).items())
             if self.writer:
                 self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
@@ -521,7 +526,7 @@ class Run:
             self._fail(f"{self.args.env} {error}, after step {self.step}")
         elif isinstance(error, FloatingPointError):
             self._fail(str(error))
-        elif isinstance(error, MemoryError):  # memory that was free when the run began
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
             self._fail(_out_of_memory(error))
         elif isinstance(error, OSError):
             self._fail(str(error))

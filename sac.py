@@ -107,11 +107,11 @@ class Args:
 
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for an argument out of its range."""
-    at_least_1 = "total_timesteps num_envs hidden buffer_size batch_size train_freq gradient_steps"
+    at_least_1 = "total_timesteps hidden buffer_size batch_size train_freq gradient_steps"
     at_least_0 = "checkpoint_every eval_episodes learning_starts"
     from_0_to_1 = "learning_rate gamma tau"
     ranges = ((at_least_1, 1, 10**12), (at_least_0, 0, 10**12), (from_0_to_1, 0, 1))
-    for names, low, high in (*ranges, ("seed", 0, 2**32 - 1)):
+    for names, low, high in (*ranges, ("num_envs", 1, 10_000), ("seed", 0, 2**32 - 1)):
         for name in names.split():
             if not low <= getattr(args, name) <= high:
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"

@@ -29,7 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from plot import RUNS, cell, read_csv
+from plot import RUNS, RUNS_NUMBERS, Parser, cell, optional, read_csv
 from speed import PPO_ROLLOUT, ratio
 
 import envs
@@ -296,9 +296,9 @@ def speed(args: argparse.Namespace) -> None:
 # --- Table ---------------------------------------------------------------------------------------
 
 
-def read(path: Path, columns: list[str]) -> list[dict[str, str]]:
+def read(path: Path, columns: list[str], numbers: dict) -> list[dict[str, str]]:
     """Rows as text, none where there is no file. Raises ValueError for other columns."""
-    return read_csv(path, columns) if path.exists() else []
+    return read_csv(path, columns, numbers) if path.exists() else []
 
 
 def markdown(corner: str, lines: dict[str, dict[str, str]]) -> None:
@@ -346,8 +346,10 @@ def returns(runs: list[dict[str, str]], others: list[dict[str, str]]) -> dict:
 def table(args: argparse.Namespace) -> None:
     """Print, from the CSV files alone, a Markdown table per task, and one of the returns."""
     folder = args.results / "ablation"
-    tables = measured(read(folder / "errors.csv", ERRORS), read(folder / "speed.csv", SPEED))
-    lines = returns(read(folder / "runs.csv", RUNS), read(args.results / "runs.csv", RUNS))
+    errors_rows = read(folder / "errors.csv", ERRORS, dict.fromkeys(SHOWN, optional))
+    tables = measured(errors_rows, read(folder / "speed.csv", SPEED, {"ms_per_step": float}))
+    both = (folder / "runs.csv", args.results / "runs.csv")
+    lines = returns(*(read(path, RUNS, RUNS_NUMBERS) for path in both))
     if not tables and not lines:
         raise ValueError(f"no CSV file in {folder}")
     for task, storages in tables.items():
@@ -369,7 +371,7 @@ def positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one of the four commands. SystemExit with code 2 and one line for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="ablation.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     for run, out, numbers in (
         (states, STATES, {"steps": 100_000, "visits": 20_000, "seed": 1}),

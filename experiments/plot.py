@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -149,14 +150,39 @@ def collect(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(rows)} runs in runs.csv, {len(curves)} bins in curves.csv")
 
 
-def read_csv(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    """Rows as text. Raises OSError, or ValueError for a file that `collect` did not write."""
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file, restval="")
-        rows = list(reader)
-    if reader.fieldnames != columns:
-        raise ValueError(f"{path} has other columns than {', '.join(columns)}")
+def optional(text: str) -> float | None:
+    """A number, or nothing where there is none."""
+    return float(text) if text else None
+
+
+def read_csv(
+    path: Path, columns: list[str], numbers: dict[str, Callable] | None = None
+) -> list[dict[str, str]]:
+    """Rows as text; numbers: what must be able to read the cells of a column.
+
+    Raises OSError, or ValueError for a file that our scripts did not write, naming what is wrong.
+    """
+    rows = []
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            if reader.fieldnames != columns:
+                raise ValueError(f"{path} has other columns than {', '.join(columns)}")
+            for row in reader:
+                rows.append(row)
+                for column, read in (numbers or {}).items():
+                    try:
+                        read(row[column])
+                    except ValueError:
+                        where = f"{path}, line {reader.line_num}: {column} {row[column]!r}"
+                        raise ValueError(f"{where} is no number of the kind it should be") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
     return rows
+
+
+RUNS_NUMBERS = {"seed": int, "steps": int, "return_last_tenth": optional}
+CURVES_NUMBERS = {"seed": int, "step": int, "episodic_return": float}
 
 
 def draw_method(axes: Axes, curves: list[dict[int, float]], style: dict) -> Line2D:
@@ -180,10 +206,10 @@ def draw_method(axes: Axes, curves: list[dict[int, float]], style: dict) -> Line
 
 def draw(args: argparse.Namespace) -> None:
     """Write learning_ppo.png and learning_sac.png of the methods in STYLES."""
-    runs = read_csv(args.results / "runs.csv", RUNS)
+    runs = read_csv(args.results / "runs.csv", RUNS, RUNS_NUMBERS)
     end = {tuple(run[name] for name in KEY): int(run["steps"]) for run in runs}
     curves = defaultdict(lambda: defaultdict(dict))  # (algo, env, method): seed: step: return
-    for row in read_csv(args.results / "curves.csv", CURVES):
+    for row in read_csv(args.results / "curves.csv", CURVES, CURVES_NUMBERS):
         *group, seed = key = tuple(row[name] for name in KEY)
         if int(row["step"]) <= end.get(key, 0):  # else training ended inside the bin
             curves[tuple(group)][seed][int(row["step"])] = float(row["episodic_return"])
@@ -231,7 +257,7 @@ def cell(returns: list[float]) -> str:
 def table(args: argparse.Namespace) -> None:
     """Print the returns at the end of training as Markdown."""
     groups = defaultdict(lambda: defaultdict(list))
-    for run in read_csv(args.results / "runs.csv", RUNS):
+    for run in read_csv(args.results / "runs.csv", RUNS, RUNS_NUMBERS):
         group = groups[run["algo"], run["env"]]
         group["steps"].append(int(run["steps"]))
         if run["return_last_tenth"]:  # else no episode ended then
@@ -250,9 +276,14 @@ def table(args: argparse.Namespace) -> None:
     print(FOOTNOTE)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one of the three commands. SystemExit with code 2 and one line for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="plot.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("collect", help="read runs, write curves.csv and runs.csv")
     command.add_argument("roots", nargs="+", type=Path, help="folders with runs at any depth")

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             open(args.out, "a").close()  # fail now rather than after the first round
             run_rounds(args)
-        rows = read_csv(args.out, COLUMNS)
+        rows = read_csv(args.out, COLUMNS, {"x": int, "time": float})
         if not rows:
             raise ValueError(f"{args.out} holds no measurement")
         report(rows)

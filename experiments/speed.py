@@ -31,7 +31,7 @@ from statistics import median
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from plot import read_csv
+from plot import Parser, optional, read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -458,11 +458,6 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
 # --- Command line --------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """SystemExit with code 2 and one line for bad input."""
     cells, python = [*dict.fromkeys([*CELLS, *TABLE_I])], BENCH / "bin/python"
@@ -503,7 +498,8 @@ def main(argv: list[str] | None = None) -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             open(args.out, "a").close()  # fail now rather than after the first round
             run_rounds(args)
-        rows = read_csv(args.out, COLUMNS)
+        numbers = {"ms_per_step": optional, "seconds_to_window": optional}
+        rows = read_csv(args.out, COLUMNS, numbers)
         if not rows:
             raise ValueError(f"{args.out} holds no measurement")
         report(rows)

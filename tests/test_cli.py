@@ -1,12 +1,9 @@
-"""What a user meets at the command line of sac.py and ppo.py: names, refusals, results."""
+"""What a user meets at the command line of sac.py and ppo.py: names, results, warnings, help."""
 
 import itertools
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,6 +12,7 @@ import pytest
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_bad_input import Odd
 
 import envs
 import memory
@@ -33,194 +31,6 @@ both = pytest.mark.parametrize("name", SCRIPTS)
 def tiny(name: str, tmp_path: Path, **changes):
     common = {"env": "Pendulum-v1", "hidden": 8, "eval_episodes": 0, "run_dir": str(tmp_path)}
     return SCRIPTS[name].Args(**{**common, **TINY[name], **changes})
-
-
-# --- Refusals: one line, exit code 2, nothing created --------------------------------------------
-
-BAD = [
-    ({"env": "Humanoid-v33"}, "Humanoid-v3"),  # the closest names
-    ({"env": "CartPole-v1"}, "Discrete(2)"),
-    ({"env": "FrozenLake-v1"}, "Discrete(16)"),
-    ({"env": "test/Image-v0"}, "(8, 8, 3)"),
-    ({"env": "test/Dict-v0"}, "Dict"),
-    ({"quant_m": -1}, "--quant-m -1"),
-    ({"quant_m": 8}, "--quant-b 21 fits"),
-    ({"quant_m": 2, "quant_b": 0.0}, "--quant-b 0"),
-    ({"quant_m": 2, "quant_b": -127.0}, "--quant-b -127"),
-    ({"quant_b": 0.0}, "--quant-b 0"),
-    ({"env": ".:x-v0"}, "unknown --env"),
-    ({"env": "a:b:c"}, "unknown --env"),
-    ({"seed": 10**23}, "--seed 1000"),
-    ({"run_dir": "x" * 300}, "too long"),
-    ({"run_name": "x" * 300}, "too long"),
-    ({"quant_m": 2, "storage": "float16"}, "--storage"),
-    ({"device": "cuda:99"}, "--device cuda:99"),
-    ({"device": "abacus"}, "--device abacus"),
-    ({"device": "meta"}, "--device meta"),
-    ({"batch_size": 100_000}, "--batch-size 100000"),
-    ({"batch_size": 0}, "--batch-size 0"),
-    ({"total_timesteps": 0}, "--total-timesteps 0"),
-    ({"num_envs": 0}, "--num-envs 0"),
-    ({"hidden": -1}, "--hidden -1"),
-    ({"seed": -1}, "--seed -1"),
-    ({"gamma": 1.5}, "--gamma 1.5"),
-    ({"learning_rate": float("nan")}, "--learning-rate nan"),
-    ({"pack": True}, "--pack"),
-    ({"pack": True, "storage": "float16"}, "--pack"),
-    ({"pack": True, "quant_m": 2, "storage": "float16"}, "--storage float16"),
-]
-WHOLE = {"buffer_size": sac.Args.buffer_size}  # not told
-BAD_BUDGETS = [  # of sac.py
-    ({"memory_budget": "1GB"}, "drop --buffer-size"),
-    ({"memory_budget": "1GB", "drop_constant": True, **WHOLE}, "--drop-constant"),
-    ({"memory_budget": "5kB", **WHOLE}, "the least is "),
-    ({"memory_budget": "500 TB", **WHOLE}, "are free"),
-    *(
-        ({"memory_budget": text, **WHOLE}, repr(text))
-        for text in ("", "lots", "0", "0MB", "-5MB", "1XB", "1e9", "nan", "inf", "1/2GB", "1 2MB")
-    ),
-]
-
-
-class Odd(gym.Env):
-    """Spaces that the scripts cannot use, and observations that they must refuse."""
-
-    action_space = gym.spaces.Box(-1, 1, (1,))
-
-    def __init__(self, obs_space=None, nan_at=None, truncated=False):
-        self.observation_space = obs_space or gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
-        self.nan_at, self.truncated, self.steps = nan_at, truncated, 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        self.steps += 1
-        obs = np.zeros(3)
-        if self.steps == self.nan_at:
-            obs[1] = np.nan
-        return obs, 1.0, False, self.truncated and self.steps == self.nan_at, {}
-
-
-@pytest.fixture(autouse=True)
-def odd_environments():
-    image = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
-    gym.register("test/Image-v0", lambda: Odd(image), disable_env_checker=True)
-    gym.register("test/Dict-v0", lambda: Odd(gym.spaces.Dict(a=image)), disable_env_checker=True)
-    yield
-    for name in ("Image", "Dict"):
-        del gym.registry[f"test/{name}-v0"]
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "said"),
-    [(name, *bad) for name in SCRIPTS for bad in BAD] + [("sac", *bad) for bad in BAD_BUDGETS],
-    ids=lambda value: str(value)[:40],
-)
-def test_bad_input_is_one_line_and_creates_nothing(name, changes, said, tmp_path, capfd):
-    with pytest.raises(SystemExit) as error:
-        SCRIPTS[name].main(tiny(name, tmp_path, **{"run_dir": str(tmp_path / "runs"), **changes}))
-    captured = capfd.readouterr()
-    lines = [line for line in captured.err.splitlines() if line]
-    assert error.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith(f"{name}.py: error: "), captured.err
-    assert said in lines[0]
-    assert not captured.out
-    assert not list(tmp_path.iterdir())
-
-
-@both
-def test_a_buffer_beyond_free_memory_is_refused_with_what_would_fit(
-    name, tmp_path, capfd, monkeypatch
-):
-    monkeypatch.setattr(memory, "free_memory", lambda device: 3_000)
-    with pytest.raises(SystemExit):
-        SCRIPTS[name].main(tiny(name, tmp_path / "runs", total_timesteps=10, hidden=2))
-    message = capfd.readouterr().err
-    flag = {"sac": "buffer-size", "ppo": "n-steps"}[name]
-    fits = int(re.search(rf"--{flag} (\d+)", message)[1])
-    assert message.count("\n") == 1 and fits < 500
-    changes = {flag.replace("-", "_"): fits, "batch_size": min(16, fits)}
-    SCRIPTS[name].main(tiny(name, tmp_path / "runs", total_timesteps=10, hidden=2, **changes))
-
-
-def test_the_least_budget_that_a_refusal_names_is_enough_and_a_byte_less_is_not(tmp_path, capfd):
-    def run(budget: int) -> dict:
-        return sac.main(tiny("sac", tmp_path / "runs", memory_budget=str(budget), **WHOLE))
-
-    with pytest.raises(SystemExit):
-        run(5_000)
-    message = capfd.readouterr().err
-    least, rows = map(
-        int, re.search(r"least is (\d+) bytes, for --buffer-size (\d+)", message).groups()
-    )
-    with pytest.raises(SystemExit):
-        run(least - 1)
-    assert not list(tmp_path.iterdir())
-    assert run(least)["buffer"].rows == rows + 1 == TINY["sac"]["batch_size"] + 1
-
-
-@both
-def test_an_explicit_run_name_that_exists_is_refused_and_left_alone(name, tmp_path, capfd):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "precious").write_text("data")
-    with pytest.raises(SystemExit) as error:
-        SCRIPTS[name].main(tiny(name, tmp_path, run_name="mine"))
-    message = capfd.readouterr().err
-    assert error.value.code == 2 and message.count("\n") == 1 and "mine" in message
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["precious"]
-
-
-@both
-def test_a_run_folder_that_cannot_be_made_is_refused(name, tmp_path, capfd):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit):
-        SCRIPTS[name].main(tiny(name, tmp_path / "file"))
-    assert capfd.readouterr().err.count("\n") == 1
-
-
-@both
-def test_from_the_shell_errors_exit_2_without_a_traceback(name, tmp_path):
-    for arguments, one_line in (
-        (["--env", "Humanoid-v2"], True),  # Gymnasium warns of outdated ids by itself
-        (["--env", "CartPole-v0"], True),
-        (["--quant-m", "two"], False),  # tyro's box
-    ):
-        done = subprocess.run(
-            [sys.executable, ROOT / f"{name}.py", *arguments],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr and done.stderr.strip() and not done.stdout
-        assert not one_line or done.stderr.count("\n") == 1, done.stderr
-        assert not list(tmp_path.iterdir())
-
-
-@both
-@pytest.mark.parametrize("nan_at", [50, 64])  # 64: the last step of PPO's rollout
-@pytest.mark.parametrize("truncated", [False, True])
-def test_nan_names_the_column(name, nan_at, truncated, tmp_path, monkeypatch):
-    monkeypatch.setattr(envs, "make", lambda _: Odd(nan_at=nan_at, truncated=truncated))
-    args = tiny(name, tmp_path)
-    args.total_timesteps = 64
-    with pytest.raises(SystemExit, match=r"nan or inf in observation columns \[1\]"):
-        SCRIPTS[name].main(args)
-
-
-@both
-def test_nan_from_the_shell_is_one_line_naming_the_environment(name, tmp_path):
-    code = "import gymnasium, numpy, runpy, sys; from test_cli import Odd; sys.argv = sys.argv[1:];"
-    code += "gymnasium.register('Odd-v0', lambda: Odd(nan_at=5), disable_env_checker=True);"
-    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", code, ROOT / f"{name}.py", "--env", "Odd-v0", "--run-dir", tmp_path],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    expected = f"{name}.py: error: Odd-v0 returned nan or inf in observation columns [1]"
-    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(expected)
 
 
 # --- Runs ----------------------------------------------------------------------------------------
