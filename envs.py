@@ -212,21 +212,21 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         try:
             super().close_extras(**kwargs)
         except Exception as error:
-            raise _raised(error) from error
+            raise raised(error) from error
 
     def _begin(self, i: int, seed: int | None) -> np.ndarray:
         try:
             obs, _ = self.envs[i].reset(seed=seed)
             return obs
         except Exception as error:
-            raise _raised(error) from error
+            raise raised(error) from error
 
     def _step(self, i: int, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         try:
             obs, reward, terminated, truncated, _ = self.envs[i].step(action)
             reward, terminated, truncated = float(reward), bool(terminated), bool(truncated)
         except Exception as error:
-            raise _raised(error) from error
+            raise raised(error) from error
         if not abs(reward) <= FLOAT32_MAX:  # nan is not, either
             raise EnvironmentFault(f"returned the reward {reward}, which is no finite float32")
         return obs, reward, terminated, truncated
@@ -258,7 +258,7 @@ def _rng_state(env: gym.Env) -> dict | None:
     return generator.state if isinstance(generator, np.random.PCG64) else None
 
 
-def _raised(error: Exception) -> EnvironmentFault:
+def raised(error: Exception) -> EnvironmentFault:
     """What an env raised, as one line that says where."""
     frame, line = traceback.extract_tb(error.__traceback__)[-1], (str(error) or "-").splitlines()[0]
     where = f"{Path(frame.filename).name}, line {frame.lineno}"

@@ -433,6 +433,7 @@ class Run:
         # may have been set back, so the old ones are numbered instead.
         for number, log in enumerate(self._logs()):
             log.rename(log.with_name(re.sub(r"\d+", f"{number:010}", log.name, count=1)))
+        self.excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         self._open_log()
         if not self.resumed:
             rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(self.args).items())
@@ -461,9 +462,9 @@ class Run:
         self.step, ends = step, step >= self.args.total_timesteps
         if self.args.checkpoint_every and (ends or step >= self.next_save):
             self._save()
+        self.training = not ends  # before this: a signal that came in between would be missed
         if self.signal:
             raise SystemExit(128 + self.signal)
-        self.training = not ends
         return not ends
 
     def log(self, tag: str, value: float, step: int) -> None:
@@ -518,6 +519,7 @@ class Run:
         if self.writer:
             with contextlib.suppress(OSError):
                 self.writer.close()
+        threading.excepthook = self.excepthook
         os.close(self.place.lock)
         if self.signal:
             name = signal.Signals(self.signal).name
@@ -605,6 +607,11 @@ class Run:
                     _sync(log)
             except OSError as error:
                 self._log_failed(error)
+
+    def _thread_failed(self, args: Any) -> None:
+        """Without a traceback: `add_scalar` raises again what TensorBoard's thread met."""
+        if not isinstance(args.exc_value, OSError):
+            self.excepthook(args)
 
     def _log_failed(self, error: OSError) -> None:
         self.writer = None

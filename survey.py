@@ -70,7 +70,7 @@ def collect(env: gym.Env, steps: int, seed: int) -> np.ndarray:
                 ended = terminated or truncated
             found = np.asarray(obs)
         except Exception as error:
-            raise envs._raised(error) from error
+            raise envs.raised(error) from error
         if found.shape != shape or not np.can_cast(found.dtype, np.float64, "same_kind"):
             what = f"{found.dtype} of shape {found.shape}"
             raise envs.EnvironmentFault(f"returned an observation that is {what}, not {shape}")

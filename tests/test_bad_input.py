@@ -602,7 +602,8 @@ def test_a_fault_ends_the_run_in_one_line_and_mended_it_goes_on(
     [
         (part, what, said)
         for which, _, part, what, said in FAULTS
-        if which == "only" and part not in ("reward", "close")  # which are nothing to it
+        # Which are nothing to it, as is a float64 that float32 cannot hold.
+        if which == "only" and part not in ("reward", "close") and "float32" not in said
     ],
     ids=lambda value: repr(value)[:40],
 )

@@ -140,8 +140,9 @@ def test_other_settings_resume_exactly_too(name, changes, tmp_path, monkeypatch)
 
 
 @both
-def test_many_stops_change_nothing_and_checkpoints_along_the_way_neither(name, tmp_path):
-    args = {"env": "Walker2d-v3", "num_envs": 2, "quant_m": 2}
+@pytest.mark.parametrize("env", ["Walker2d-v3", "Pendulum-v1"])  # short episodes, and long ones
+def test_many_stops_change_nothing_and_checkpoints_along_the_way_neither(name, env, tmp_path):
+    args = {"env": env, "num_envs": 2, "quant_m": 2}
     whole = in_one_go(name, tmp_path, **args)
     for stop in (1, 43, 100, 180, 2 * N):  # PPO stops at the end of the rollout
         args |= {"run_name": "many", "checkpoint_every": 17, "total_timesteps": stop}

@@ -19,6 +19,7 @@ def write(path: Path, samples: int = 20, **changes: dict[int, float]) -> Path:
     rows = []
     for i in range(1, samples + 1):
         row = {"step": 1000 * i, "wall_seconds": 2 * i, "cpu_seconds": i, "rss_bytes": 300e6}
+        row |= {"pieces_seconds": 0.002 * i, "pieces": 2 * i}
         row |= {"rss_anon_bytes": 200e6, "file_handles": 7, "torch": "2", "cpu": "Abacus"}
         rows.append(row | {name: by[i] for name, by in changes.items() if i in by})
     write_csv(path, soak.COLUMNS, rows)
@@ -86,7 +87,10 @@ def test_episodes_end_in_both_ways():
         ({"rss_bytes": {1: 200e6}, "file_handles": {1: 6}}, STEADY),  # within warm-up
         ({"cpu_seconds": {19: 18 + 1 / 0.94, 20: 18 + 2 / 0.94}}, "held missed held"),
         ({"cpu_seconds": {19: 18 + 1 / 0.96, 20: 18 + 2 / 0.96}}, STEADY),
-        ({"wall_seconds": {19: 50, 20: 70}}, STEADY),  # a busy machine
+        ({"wall_seconds": {19: 50, 20: 70}}, STEADY),  # a busy machine,
+        # of which the pieces tell: half as fast, and they too; only they, and it alone.
+        ({"cpu_seconds": {19: 20, 20: 22}, "pieces_seconds": {19: 0.04, 20: 0.044}}, STEADY),
+        ({"pieces_seconds": {19: 0.037, 20: 0.038}}, "held missed held"),
         ({"file_handles": {15: 8}}, "held held missed"),
     ],
 )
@@ -104,6 +108,7 @@ def test_summary(tmp_path):
     assert found["rss_bytes"] == (301e6, 3e6, 6e6)
     assert found["rss_anon_bytes"] == (200e6, 0, 0)
     assert found["cpu_seconds"] == (1000, 500, 0.5)
+    assert found["piece"] == pytest.approx((1, 0.5, 0.5))  # a piece takes a millisecond
     assert found["wall_seconds"] == (500, 500, 1)
     assert found["file_handles"] == (7, 9, 2)
 
@@ -111,7 +116,7 @@ def test_summary(tmp_path):
 def test_bad_input(tmp_path, capsys):
     out = "--out", tmp_path / "soak.csv"
     assert "--steps at least 10 times" in fails(capsys, *out, "--steps", 199_999)
-    assert "--every must be at least 1" in fails(capsys, *out, "--every", 0)
+    assert "--every must be at least 100," in fails(capsys, *out, "--every", 0)
     assert "No such file" in fails(capsys, *out, "--draw")
     write(out[1], samples=9)
     assert "holds 9 samples" in fails(capsys, *out, "--draw")
