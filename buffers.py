@@ -380,6 +380,8 @@ class ReplayBuffer:
         self.obs.load(saved["obs"], self.fill)
         for name in PER_ROW:
             restore(torch.as_tensor(getattr(self, name)), self.fill, saved[name])
+        if self.size != np.count_nonzero(self.is_start):
+            raise ValueError("its replay buffer counts other transitions than it holds")
         self._rng.bit_generator.state = saved["rng"]
 
     def _draw(self, n: int) -> np.ndarray:

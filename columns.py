@@ -41,8 +41,10 @@ def stored(array: torch.Tensor, fill: np.ndarray) -> list[torch.Tensor]:
 
 
 def restore(array: torch.Tensor, fill: np.ndarray, saved: list[torch.Tensor]) -> None:
-    """Undo `stored`."""
+    """Undo `stored`. Raises ValueError if these are other rows."""
     for rows, values in zip(_in_use(array, fill), saved, strict=True):
+        if values.shape != rows.shape:  # copy_ would repeat a single one
+            raise ValueError("its replay buffer has other rows than this one")
         rows.copy_(values)
 
 
@@ -181,9 +183,13 @@ class LiveColumns:
         """Take over what `state` returned."""
         self.empty = saved["empty"]
         self.constant[:], self.live[:] = saved["constant"], saved["live"]
-        start = 0
-        for stop in saved["stops"]:
-            self._add_block(saved["columns"].numpy()[start:stop])
+        start, columns, stops = 0, saved["columns"].numpy(), saved["stops"]
+        live = np.flatnonzero(self.live)
+        laid_out = np.sort(columns[: stops[-1]]) if stops else live
+        if stops != sorted({int(stop) for stop in stops}) or not np.array_equal(laid_out, live):
+            raise ValueError("its live columns are not those that are laid out")
+        for stop in stops:
+            self._add_block(columns[start:stop])
             start = stop
         arrays, fill = self._arrays(fill)
         for array, values in zip(arrays, saved["arrays"], strict=True):

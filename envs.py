@@ -187,7 +187,10 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
 
         Raises:
             EnvironmentFault: see there; of a new episode only.
+            ValueError: they are of more or fewer envs.
         """
+        if len(episodes) != self.num_envs:
+            raise ValueError(f"it has {len(episodes)} running episodes, here are {self.num_envs}")
         replayed = np.empty(self.num_envs, np.bool_)
         for i, episode in enumerate(episodes):
             try:

@@ -305,12 +305,13 @@ def main(args: Args) -> dict:
     if place.saved:
         saved = place.saved
         with runs.refusing("ppo.py"), place.reading():
+            runs.check_like(saved, state(), "it")
             global_step, first_ratio_error = saved["global_step"], saved["first_ratio_error"]
             episodes = [(int(step), ret) for step, ret in saved["episodes"].tolist()]
             episode_return[:], episode_length[:] = saved["episode_return"], saved["episode_length"]
             adam.load(saved["adam"])
             buffer.load(saved["buffer"])
-            codec.clamp.load(saved["clamp"])
+            codec.clamp.load(saved["clamp"], obs_dim)
             obs, replayed = envs.replay(saved["envs"])
             runs.set_rng_state(saved["rng"], device)
         episode_return[~replayed], episode_length[~replayed] = 0, 0

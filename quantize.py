@@ -110,10 +110,12 @@ class Clamp:
             "column_peak": peak,
         }
 
-    def load(self, saved: dict) -> None:
-        """Take over what `state` returned."""
+    def load(self, saved: dict, n: int) -> None:
+        """Take over what `state` returned, of n columns. Raises ValueError if it cannot be."""
         self.seen, self.clipped = saved["seen"], saved["clipped"]
         self.max_abs, peak = saved["max_abs"], saved["column_peak"]
+        if not 0 <= self.max_abs < math.inf or (peak is not None and peak.shape != (n,)):
+            raise ValueError("its record of what was clamped is damaged")
         self.column_peak = None if peak is None else peak.numpy().copy()
 
     @property

@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -157,6 +158,31 @@ def load(path: Path) -> dict:
     return content
 
 
+def check_like(saved: Any, now: Any, name: str) -> None:
+    """Raise ValueError naming what in a checkpoint is of another kind than `now`, what is here.
+
+    Keys, types, dtypes and the lengths of vectors must agree, and no int may be negative. The rest
+    is for those to judge who load it: lists, tables, and what is None or empty now.
+    """
+    if now is None:
+        return
+    shown = [
+        f"{part.dtype} {tuple(part.shape)}" if isinstance(part, torch.Tensor) else f"{type(part)}"
+        for part in (saved, now)
+    ]
+    fits = type(saved) is type(now)
+    if fits and isinstance(now, torch.Tensor):
+        fits = saved.dtype == now.dtype
+        fits &= saved.shape == now.shape or now.ndim > 1 or now.numel() == 0
+    if not fits or (isinstance(now, int) and saved < 0):
+        raise ValueError(f"{name} is {shown[0]} there and {shown[1]} here")
+    if isinstance(now, dict):
+        for key, part in now.items():
+            if key not in saved:
+                raise ValueError(f"{name} has no {key}")
+            check_like(saved[key], part, f"{name}[{key!r}]")
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
 
@@ -213,13 +239,20 @@ def command_line(script: str, args: Any, **changes: Any) -> str:
     for field in fields(args):
         value = changes.get(field.name, getattr(args, field.name))
         if value != field.default:
-            words.append(f"--{field.name.replace('_', '-')}")
-            words += [] if value is True else [str(value)]
+            flag = f"--{field.name.replace('_', '-')}"
+            if str(value).startswith("-"):  # a name that would be taken for a flag
+                words.append(f"{flag}={value}")
+            else:
+                words += [flag] if value is True else [flag, str(value)]
     return shlex.join(words)
 
 
 def same_run(content: dict, script: str, args: Any, device: torch.device) -> None:
     """Raise ValueError naming what differs if a checkpoint is not of the run that is asked for."""
+    header = {"format": FORMAT, "script": script, "versions": VERSIONS, "device": "", "args": {}}
+    check_like(content, {**header, "seconds": 0.0, "global_step": 0}, "it")
+    if content["global_step"] > 10**12:
+        raise ValueError(f"it is of step {content['global_step']}, beyond all --total-timesteps")
     if content["format"] != FORMAT:
         raise ValueError(f"it has format {content['format']}; this program has {FORMAT}")
     if content["script"] != script:
@@ -277,12 +310,14 @@ class Place(NamedTuple):
     def reading(self) -> Iterator[None]:
         """Around what takes from a checkpoint: raises ValueError, one line, if it does not fit."""
         try:
-            yield
+            with warnings.catch_warnings(action="ignore"):  # of torch, about a forgery
+                yield
         except Exception as error:
             os.close(self.lock)
             if isinstance(error, EnvironmentFault):
                 raise
-            why = error if type(error) is ValueError else f"{FORGED} ({error!r})".splitlines()[0]
+            why = str(error) if type(error) is ValueError else f"{FORGED} ({error!r})"
+            why = re.sub(r"[^ -~]+", " ", why)  # a forger's text: one line, no control codes
             raise ValueError(f"--resume: {self.path} cannot be used: {why}") from None
 
 

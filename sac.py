@@ -356,6 +356,7 @@ def main(args: Args) -> dict:
     if place.saved:
         saved = place.saved
         with runs.refusing("sac.py"), place.reading():
+            runs.check_like(saved, state(), "it")
             global_step, next_log = saved["global_step"], saved["next_log"]
             episodes = [(int(step), ret) for step, ret in saved["episodes"].tolist()]
             episode_return[:], episode_length[:] = saved["episode_return"], saved["episode_length"]
@@ -363,7 +364,7 @@ def main(args: Args) -> dict:
             critic_adam.load(saved["critic"])
             target_params.copy_(saved["target"])
             buffer.load(saved["buffer"])
-            codec.clamp.load(saved["clamp"])
+            codec.clamp.load(saved["clamp"], obs_dim)
             obs, replayed = envs.replay(saved["envs"])
             runs.set_rng_state(saved["rng"], device, envs.action_space)
         episode_return[~replayed], episode_length[~replayed] = 0, 0

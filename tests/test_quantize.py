@@ -696,7 +696,7 @@ def test_the_counts_of_the_clamp_go_on_from_what_was_saved(value):
     codecs[0].encode(np.array([[0.0, value, -3.0]]))
     saved = codecs[0].clamp.state()
     codecs[0].encode(np.array([[-900.0, 0.0, 0.0]]))  # what was saved is a copy
-    codecs[1].clamp.load(saved)
+    codecs[1].clamp.load(saved, 3)
     codecs[1].encode(np.array([[-900.0, 0.0, 0.0]]))
     one, other = (codec.clamp for codec in codecs)
     assert one.report() == other.report() and "columns [0" in one.report()
