@@ -373,7 +373,7 @@ def _create(args: Any, name: str) -> Place:
         folder = Path(args.run_dir, args.run_name or derived)
         try:
             folder.mkdir(parents=True)
-            return Place(folder, _lock(folder), None)
+            break
         except FileExistsError:
             if args.run_name:
                 can_go_on = not _unfit(folder, args.total_timesteps)
@@ -381,7 +381,7 @@ def _create(args: Any, name: str) -> Place:
                 raise ValueError(f"{folder} exists; {remedy}choose another --run-name") from None
         except OSError as error:
             raise ValueError(f"cannot create {folder}: {error.strerror}") from None
-    raise AssertionError  # there is always a next number
+    return Place(folder, _lock(folder), None)
 
 
 def _unfit(folder: Path, total_timesteps: int) -> str | None:
@@ -453,7 +453,8 @@ class Run:
         self.step, self.seconds_before = self.saved_step or 0, saved.get("seconds", 0.0)
         self.next_save = self._after(self.step) if self.resumed else 0
         saved.clear()  # its tensors are the file, whose place on disk could not be given back
-        self.training, self.signal = True, None
+        self.signal: int | None = None
+        self.at_once = False  # whether a signal ends the run without waiting for `goes_on`
         self.failing = self.clamping = False  # whether that was said
 
     def __enter__(self) -> "Run":
@@ -497,8 +498,8 @@ class Run:
         self.step, ends = step, step >= self.args.total_timesteps
         if self.args.checkpoint_every and (ends or step >= self.next_save):
             self._save()
-        self.training = not ends  # before this: a signal that came in between would be missed
-        if self.signal:
+        self.at_once = ends  # evaluation, which changes nothing that is saved
+        if self.signal:  # looked at last: none that came meanwhile is missed
             raise SystemExit(128 + self.signal)
         return not ends
 
@@ -546,17 +547,18 @@ class Run:
         print(f"wrote {path}")
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.at_once = False
         self.bar.close()
         if isinstance(error, (EnvironmentFault, SystemExit)):
             self._save()
         if self.writer:
             with contextlib.suppress(OSError):
                 self.writer.close()
-        threading.excepthook = self.excepthook
         os.close(self.place.lock)
-        if self.signal:
+        threading.excepthook = self.excepthook
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.signal and isinstance(error, SystemExit):
             name = signal.Signals(self.signal).name
             print(f"{self.script}: {name}, {self._remains()}", file=sys.stderr)
         elif isinstance(error, EnvironmentFault):
@@ -583,7 +585,7 @@ class Run:
         self.signal = number
         for handled in self.handlers:
             signal.signal(handled, signal.SIG_DFL)
-        if not self.training:  # evaluation, which changes nothing that is saved
+        if self.at_once:
             raise SystemExit(128 + number)
 
     def _after(self, step: int) -> int:
