@@ -119,6 +119,7 @@ class _Episode(NamedTuple):
 
     start: int | dict
     actions: list[np.ndarray]
+    rewards: list[float]
 
 
 class _VectorEnv(gym.vector.SyncVectorEnv):
@@ -145,7 +146,7 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
             start = _rng_state(self.envs[i]) if seed is None else seed + i
             self._episodes[i] = None  # until it has begun
             env_obs[i] = self._begin(i, None if seed is None else start)
-            self._episodes[i] = None if start is None else _Episode(start, [])
+            self._episodes[i] = None if start is None else _Episode(start, [], [])
         return self._checked(env_obs), {}
 
     def step(self, actions: np.ndarray) -> tuple:
@@ -163,6 +164,7 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         for i, episode in enumerate(self._episodes):
             if episode and len(episode.actions) < self.LONGEST:
                 episode.actions.append(actions[i])
+                episode.rewards.append(float(reward[i]))
             else:
                 self._episodes[i] = None
         return obs, reward, terminated, truncated, {}
@@ -173,6 +175,7 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
             {
                 "start": episode.start if episode else None,
                 "actions": torch.from_numpy(np.array(episode.actions if episode else [])),
+                "rewards": torch.tensor(episode.rewards if episode else [], dtype=torch.float64),
                 "obs": torch.from_numpy(obs),
             }
             for episode, obs in zip(self._episodes, self._checked(self._env_obs), strict=True)
@@ -182,8 +185,8 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         """Bring every env to where it was when `episodes` was called.
 
         Returns:
-            Observations (num_envs, n); and (num_envs,) bool, whether each is what it was, bit for
-            bit. Where it is not, a new episode has begun.
+            Observations (num_envs, n); and (num_envs,) bool, where a new episode has begun, as
+            the rewards or the observation did not come out as they were, bit for bit.
 
         Raises:
             EnvironmentFault: see there; of a new episode only.
@@ -191,24 +194,28 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         """
         if len(episodes) != self.num_envs:
             raise ValueError(f"it has {len(episodes)} running episodes, here are {self.num_envs}")
-        replayed = np.empty(self.num_envs, np.bool_)
+        anew = np.empty(self.num_envs, np.bool_)
         for i, episode in enumerate(episodes):
             try:
-                replayed[i] = self._replay(i, **episode)
+                anew[i] = not self._replay(i, **episode)
             except (EnvironmentFault, TypeError, ValueError):
-                replayed[i] = False
-        return self.reset(options={"reset_mask": ~replayed})[0], replayed
+                anew[i] = True
+        return self.reset(options={"reset_mask": anew})[0], anew
 
-    def _replay(self, i: int, start: int | dict | None, actions: Tensor, obs: Tensor) -> bool:
+    def _replay(
+        self, i: int, start: int | dict | None, actions: Tensor, rewards: Tensor, obs: Tensor
+    ) -> bool:
         if start is None:
             return False
         if isinstance(start, dict):
             self.envs[i].unwrapped.np_random.bit_generator.state = start
         env_obs = list(self._env_obs)
         env_obs[i] = self._begin(i, start if isinstance(start, int) else None)
-        for action in actions.numpy():
-            env_obs[i], *_ = self._step(i, action)
-        self._episodes[i] = _Episode(start, list(actions.numpy().copy()))
+        for action, reward in zip(actions.numpy(), rewards.tolist(), strict=True):
+            env_obs[i], again, terminated, truncated = self._step(i, action)
+            if again != reward or terminated or truncated:
+                return False
+        self._episodes[i] = _Episode(start, list(actions.numpy().copy()), rewards.tolist())
         return self._checked(env_obs)[i].tobytes() == obs.numpy().tobytes()
 
     def close_extras(self, **kwargs) -> None:
@@ -246,10 +253,12 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
                 check_finite(obs.astype(np.float32))  # which is what networks see
         except ObservationError as error:
             raise EnvironmentFault(f"returned {error} as float32") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError):
             space = self.single_observation_space
+            kinds = {f"{getattr(o, 'dtype', type(o))} {getattr(o, 'shape', '')}" for o in env_obs}
             raise EnvironmentFault(
-                f"returned observations that are no {space.dtype} of shape {space.shape}: {error}"
+                f"returned observations that are no {space.dtype} of shape {space.shape} but "
+                f"{', '.join(sorted(kinds))}"
             ) from None
         self._env_obs = list(obs)
         return obs
@@ -263,7 +272,9 @@ def _rng_state(env: gym.Env) -> dict | None:
 
 def raised(error: Exception) -> EnvironmentFault:
     """What an env raised, as one line that says where."""
-    frame, line = traceback.extract_tb(error.__traceback__)[-1], (str(error) or "-").splitlines()[0]
+    frames, line = traceback.extract_tb(error.__traceback__), (str(error) or "-").splitlines()[0]
+    own = [f for f in frames if "site-packages" not in f.filename and f.filename != __file__]
+    frame = (own or frames)[-1]  # not that of the library which they called
     where = f"{Path(frame.filename).name}, line {frame.lineno}"
     return EnvironmentFault(f"raised {type(error).__name__} in {where}: {line}")
 
@@ -309,6 +320,8 @@ def evaluate(
     Raises:
         EnvironmentFault: see there.
     """
+    if episodes == 0:
+        return []
     try:
         env = make_vector(env_id, 1)
     except ValueError as error:  # a second one, where there may be only one at a time

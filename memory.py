@@ -382,9 +382,6 @@ def check_fits(allocated: Callable[..., Ledger], codec: Codec, free: int, **size
     remedy = f"not even {_flag(knob)} 1 fits; lower --hidden or --batch-size"
     if options:
         remedy = f"what fits: {', or '.join(options)}"
-    remedy = f"not even {_flag(knob)} 1 fits; lower --hidden or --batch-size"
-    if options:
-        remedy = f"what fits: {', or '.join(options)}"
     raise ValueError(
         f"this run needs {mb(needed)} MB of memory and {mb(free)} MB are free; {remedy}"
     )

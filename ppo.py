@@ -287,23 +287,23 @@ def main(args: Args) -> dict:
     global_step, first_ratio_error = 0, 0.0
 
     def state() -> dict:
-        """What the next rollout depends on, for a checkpoint."""
+        """What the next rollout depends on, for a checkpoint; copies, see `after_update`."""
         return {
             "global_step": global_step,
             "first_ratio_error": first_ratio_error,
             "episodes": torch.tensor(episodes, dtype=torch.float64),
             "episode_return": torch.from_numpy(episode_return.copy()),
             "episode_length": torch.from_numpy(episode_length.copy()),
-            "adam": adam.state(),
+            "adam": adam.state(),  # with the weights, and log_std
             "buffer": buffer.state(),
             "clamp": codec.clamp.state(),
             "envs": envs.episodes(),
             "rng": runs.rng_state(device),
         }
 
-    replayed = np.zeros(args.num_envs, bool)  # whether an env goes on with an episode
+    anew = np.ones(args.num_envs, bool)  # the envs that begin an episode
     if place.saved:
-        saved = place.saved
+        saved = place.saved["state"]
         with runs.refusing("ppo.py"), place.reading():
             runs.check_like(saved, state(), "it")
             global_step, first_ratio_error = saved["global_step"], saved["first_ratio_error"]
@@ -312,12 +312,13 @@ def main(args: Args) -> dict:
             adam.load(saved["adam"])
             buffer.load(saved["buffer"])
             codec.clamp.load(saved["clamp"], obs_dim)
-            obs, replayed = envs.replay(saved["envs"])
+            obs, anew = envs.replay(saved["envs"])
             runs.set_rng_state(saved["rng"], device)
-        episode_return[~replayed], episode_length[~replayed] = 0, 0
-    after_update = state()  # what a fault in the rollout that follows leaves to be saved
+        episode_return[anew], episode_length[anew] = 0, 0
+    # A stop comes between two updates. A fault comes in a rollout, and leaves what was before it.
+    after_update = state()
 
-    with runs.Run("ppo.py", args, device, place, lambda: after_update, replayed) as run:
+    with runs.Run("ppo.py", args, device, place, lambda: after_update, anew) as run:
         while run.goes_on(global_step):
             # --- Collect n_steps transitions per env ---------------------------------------------
             # The density of mean + std * noise depends on the noise alone, so the rollout's is

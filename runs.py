@@ -1,7 +1,7 @@
 """What a run is besides learning: its folder, its checkpoints, and whatever may end it early.
 
-    with Run("sac.py", args, place, state) as run:    # state() -> dict, what the next step needs
-        while run.goes_on(global_step):               # saves whenever a checkpoint is due
+    with Run("sac.py", args, device, place, state, anew) as run:
+        while run.goes_on(global_step):    # saves state(), a dict, whenever a checkpoint is due
             ...
             run.log("losses/qf_loss", loss, global_step)
 
@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -101,16 +102,21 @@ class _Hashing:
         self.file.flush()
 
 
-def check_plain(value: Any, name: str) -> None:
-    """Raise TypeError naming what `load` would refuse: all but tensors and plain Python values."""
+def plain(value: Any, name: str) -> Any:
+    """The same in tensors and plain Python values, which are all that `load` takes.
+
+    Raises:
+        TypeError: what cannot be said so, by name. Of an array `torch.from_numpy(a.copy())` can.
+    """
     if isinstance(value, dict):
-        for key, part in value.items():
-            check_plain(part, f"{name}[{key!r}]")
-    elif isinstance(value, list):
-        for i, part in enumerate(value):
-            check_plain(part, f"{name}[{i}]")
-    elif type(value) not in (torch.Tensor, int, float, str, bool, type(None)):
+        return {key: plain(part, f"{name}[{key!r}]") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part, f"{name}[{i}]") for i, part in enumerate(value)]
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) not in (torch.Tensor, int, float, str, bool, type(None)):
         raise TypeError(f"{name} is {type(value)}, which a checkpoint cannot hold")
+    return value
 
 
 def save(path: Path, content: dict) -> None:
@@ -121,9 +127,9 @@ def save(path: Path, content: dict) -> None:
 
     Raises:
         OSError: it cannot be written; no space is left, for example.
-        TypeError: see `check_plain`.
+        TypeError: see `plain`.
     """
-    check_plain(content, "content")
+    content = plain(content, "it")
     with replacing(path) as file:
         hashing = _Hashing(file)
         try:
@@ -164,7 +170,7 @@ def check_like(saved: Any, now: Any, name: str) -> None:
     Keys, types, dtypes and the lengths of vectors must agree, and no int may be negative. The rest
     is for those to judge who load it: lists, tables, and what is None or empty now.
     """
-    if now is None:
+    if now is None or (now == {} and isinstance(saved, dict)):
         return
     shown = [
         f"{part.dtype} {tuple(part.shape)}" if isinstance(part, torch.Tensor) else f"{type(part)}"
@@ -174,12 +180,14 @@ def check_like(saved: Any, now: Any, name: str) -> None:
     if fits and isinstance(now, torch.Tensor):
         fits = saved.dtype == now.dtype
         fits &= saved.shape == now.shape or now.ndim > 1 or now.numel() == 0
-    if not fits or (isinstance(now, int) and saved < 0):
+    if not fits:
         raise ValueError(f"{name} is {shown[0]} there and {shown[1]} here")
+    if isinstance(now, int) and not 0 <= saved < 2**128:  # of a random generator's state
+        raise ValueError(f"{name} is {'below 0' if saved < 0 else 'too large'}")
     if isinstance(now, dict):
+        for key in saved.keys() ^ now.keys():
+            raise ValueError(f"{name} has {'no ' if key in now else 'a '}{key}, other than here")
         for key, part in now.items():
-            if key not in saved:
-                raise ValueError(f"{name} has no {key}")
             check_like(saved[key], part, f"{name}[{key!r}]")
 
 
@@ -191,14 +199,20 @@ def command(script: str) -> Iterator[None]:
     """Around a whole program: what may end it before a `Run` has begun, as one line."""
     try:
         yield
-    except MemoryError as error:
-        raise SystemExit(f"{script}: error: {_out_of_memory(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        why = _of_the_machine(error)
+        if why is None:
+            raise
+        raise SystemExit(f"{script}: error: {why}") from None
 
 
-def _out_of_memory(error: Exception) -> str:
-    return f"out of memory: {error}; `python memory.py --budget` tells what fits"
+def _of_the_machine(error: BaseException | None) -> str | None:
+    """What the machine could not give, as one line; None if the error is another one."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
+        return f"out of memory: {error}; `python memory.py --budget` tells what fits"
+    return str(error) if isinstance(error, OSError) else None
 
 
 @contextlib.contextmanager
@@ -235,7 +249,8 @@ def provenance() -> dict:
 
 def command_line(script: str, args: Any, **changes: Any) -> str:
     """The command that gives `args`, a dataclass, with changes; defaults are left out."""
-    words = ["python", script]
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    words = [python, sys.argv[0] if Path(sys.argv[0]).name == script else script]
     for field in fields(args):
         value = changes.get(field.name, getattr(args, field.name))
         if value != field.default:
@@ -250,9 +265,9 @@ def command_line(script: str, args: Any, **changes: Any) -> str:
 def same_run(content: dict, script: str, args: Any, device: torch.device) -> None:
     """Raise ValueError naming what differs if a checkpoint is not of the run that is asked for."""
     header = {"format": FORMAT, "script": script, "versions": VERSIONS, "device": "", "args": {}}
-    check_like(content, {**header, "seconds": 0.0, "global_step": 0}, "it")
-    if content["global_step"] > 10**12:
-        raise ValueError(f"it is of step {content['global_step']}, beyond all --total-timesteps")
+    check_like(content, {**header, "seconds": 0.0, "state": {}}, "it")
+    if not 0 <= content["state"]["global_step"] <= 10**12:
+        raise ValueError(f"its step {content['state']['global_step']} is no --total-timesteps")
     if content["format"] != FORMAT:
         raise ValueError(f"it has format {content['format']}; this program has {FORMAT}")
     if content["script"] != script:
@@ -265,10 +280,14 @@ def same_run(content: dict, script: str, args: Any, device: torch.device) -> Non
             )
     if content["device"] != device.type:
         raise ValueError(f"it was trained on {content['device']} and this is {device.type}")
-    for name, now in asdict(args).items():
-        then = content["args"].get(name, "no such flag")
-        if then != now and name not in (*MAY_DIFFER, "device"):
-            raise ValueError(f"--{name.replace('_', '-')} was {then} there and is {now} here")
+    then = content["args"]
+    differing = [
+        f"--{name.replace('_', '-')} was {then.get(name, 'no flag')} there and is {now} here"
+        for name, now in asdict(args).items()
+        if then.get(name, "no flag") != now and name not in (*MAY_DIFFER, "device")
+    ]
+    if differing:
+        raise ValueError(f"it was trained with other arguments: {', '.join(differing)}")
 
 
 def rng_state(device: torch.device, *spaces: gym.Space) -> dict:
@@ -297,10 +316,12 @@ class Place(NamedTuple):
 
     folder: Path
     lock: int
-    saved: dict | None  # None for a new run; `Run` empties it
+    saved: dict | None  # None for a new run; `Run` empties its state
 
     def __str__(self) -> str:
-        return f"{self.folder}" + (f" from step {self.saved['global_step']}" if self.saved else "")
+        return f"{self.folder}" + (
+            f" from step {self.saved['state']['global_step']}" if self.saved else ""
+        )
 
     @property
     def path(self) -> Path:
@@ -338,6 +359,8 @@ def find_place(script: str, args: Any, device: torch.device) -> Place:
         and getattr(args, field.name) != field.default
     ]
     name = "__".join([args.env.replace("/", "-"), algo, *changed, f"seed-{args.seed}"])
+    if args.run_name == "":
+        raise ValueError("--run-name is empty; leave it out for a derived name")
     for part in Path(args.run_dir, args.run_name or name).parts:
         if len(os.fsencode(part)) > 255:  # of most file systems; mkdir would first make the parents
             raise ValueError(f"{part} is too long; choose a shorter --run-dir or --run-name")
@@ -358,7 +381,7 @@ def find_place(script: str, args: Any, device: torch.device) -> Place:
     problems = [_unfit(folder, args.total_timesteps) for folder in folders]
     if None not in problems:
         raise ValueError(f"--resume: {problems[0]}")
-    folder = folders[problems.index(None)]
+    folder = folders[problems.index(None)]  # the one saved last, also if it is being trained
     place = Place(folder, _lock(folder), None)
     with place.reading():
         saved = load(place.path)
@@ -375,6 +398,8 @@ def _create(args: Any, name: str) -> Place:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
+            if args.run_name and folder.is_dir() and not any(folder.iterdir()):
+                break  # of a run that was stopped before it began
             if args.run_name:
                 can_go_on = not _unfit(folder, args.total_timesteps)
                 remedy = "add --resume to go on with it, or " if can_go_on else ""
@@ -387,17 +412,16 @@ def _create(args: Any, name: str) -> Place:
 def _unfit(folder: Path, total_timesteps: int) -> str | None:
     """Why a run cannot be resumed, as a clause; None if it can."""
     if not (folder / "checkpoint.pt").is_file():
-        return f"{folder} has no checkpoint to go on from; choose another --run-name"
+        return (
+            f"{folder} has no checkpoint to go on from (--checkpoint-every N saves them); choose "
+            "another --run-name"
+        )
     try:
         done = json.loads((folder / "result.json").read_text())["global_step"]
     except (OSError, ValueError, KeyError, TypeError):  # none, or not of ours: unfinished
         done = -1
     if isinstance(done, int) and done >= total_timesteps:
         return f"{folder} is finished; --total-timesteps beyond {done} trains it further"
-    try:
-        os.close(_lock(folder))
-    except ValueError as error:
-        return str(error)
     return None
 
 
@@ -408,7 +432,7 @@ def _lock(folder: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(f"another process is training {folder}") from None
+        raise ValueError(f"--resume: another process is training {folder}") from None
     except OSError:
         pass  # a file system without locks
     return descriptor
@@ -431,7 +455,7 @@ class Run:
         place: from `find_place`.
         state: returns what the next step depends on, tensors and plain Python values, among them
             "global_step"; called between two steps, and after a fault of the environment.
-        replayed: (num_envs,) bool, the envs that go on with an episode.
+        anew: (num_envs,) bool, the envs that begin an episode.
 
     Attributes:
         bar: tqdm's progress bar.
@@ -444,21 +468,21 @@ class Run:
         device: torch.device,
         place: Place,
         state: Callable[[], dict],
-        replayed: np.ndarray,
+        anew: np.ndarray,
     ):
         self.script, self.args, self.device = script, args, device
-        self.place, self.state, self.replayed = place, state, replayed
-        saved, self.resumed = place.saved or {}, bool(place.saved)
-        self.saved_step: int | None = saved.get("global_step")
-        self.step, self.seconds_before = self.saved_step or 0, saved.get("seconds", 0.0)
-        self.next_save = self._after(self.step) if self.resumed else 0
-        saved.clear()  # its tensors are the file, whose place on disk could not be given back
+        self.place, self.state, self.anew = place, state, anew
+        saved = place.saved or {"seconds": 0.0, "state": {}}
+        self.saved_step: int | None = saved["state"].get("global_step")
+        self.step, self.seconds_before = self.saved_step or 0, saved["seconds"]
+        self.next_save = self._after(self.step) if place.saved else 0  # a new run at once
+        saved["state"].clear()  # its tensors are the file, and would keep its place on disk
         self.signal: int | None = None
         self.at_once = False  # whether a signal ends the run without waiting for `goes_on`
         self.failing = self.clamping = False  # whether that was said
 
     def __enter__(self) -> "Run":
-        check_plain(self.state(), "state()")  # rather than when it is to be saved
+        plain(self.state(), "state()")  # raises now rather than when it is to be saved
         self.start = time.perf_counter()
         total = self.args.total_timesteps
         self.bar = tqdm(
@@ -471,17 +495,18 @@ class Run:
             log.rename(log.with_name(re.sub(r"\d+", f"{number:010}", log.name, count=1)))
         self.excepthook, threading.excepthook = threading.excepthook, self._thread_failed
         self._open_log()
-        if not self.resumed:
+        if self.saved_step is None:
             rows = "".join(f"|{name}|{value}|\n" for name, value in asdict(self.args).items())
             if self.writer:
                 self.writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{rows}")
-        elif not self.replayed.all():
-            anew = np.flatnonzero(~self.replayed).tolist()
+        elif self.anew.any():
+            anew = np.flatnonzero(self.anew).tolist()
             self.warn(f"env {anew} did not replay to where it was; a new episode begins there")
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self._signalled)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as it is in the background
+                    self.handlers[number] = signal.signal(number, self._signalled)
         return self
 
     @property
@@ -496,7 +521,9 @@ class Run:
             SystemExit: a signal came.
         """
         self.step, ends = step, step >= self.args.total_timesteps
-        if self.args.checkpoint_every and (ends or step >= self.next_save):
+        due = self.args.checkpoint_every and step >= self.next_save
+        keeps = self.args.checkpoint_every or self.saved_step is not None
+        if due or (ends and keeps):
             self._save()
         self.at_once = ends  # evaluation, which changes nothing that is saved
         if self.signal:  # looked at last: none that came meanwhile is missed
@@ -525,7 +552,8 @@ class Run:
 
     def warn(self, message: str) -> None:
         """A line on stderr that leaves the progress bar whole."""
-        self.bar.write(f"warning: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be a file on a disk that is full
+            self.bar.write(f"warning: {message}", file=sys.stderr)
 
     def finish(self, result: dict) -> None:
         """Say how the run went and write result.json, which marks the run as finished."""
@@ -547,9 +575,9 @@ class Run:
         print(f"wrote {path}")
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        self.at_once = False
+        trained, self.at_once = self.at_once, False
         self.bar.close()
-        if isinstance(error, (EnvironmentFault, SystemExit)):
+        if isinstance(error, EnvironmentFault | SystemExit) or (error and trained):
             self._save()
         if self.writer:
             with contextlib.suppress(OSError):
@@ -561,14 +589,14 @@ class Run:
         if self.signal and isinstance(error, SystemExit):
             name = signal.Signals(self.signal).name
             print(f"{self.script}: {name}, {self._remains()}", file=sys.stderr)
+        elif isinstance(error, SystemExit):
+            self._fail(f"{self.args.env} called sys.exit({error.code!r}), after step {self.step}")
         elif isinstance(error, EnvironmentFault):
             self._fail(f"{self.args.env} {error}, after step {self.step}")
         elif isinstance(error, FloatingPointError):
             self._fail(str(error))
-        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's
-            self._fail(_out_of_memory(error))
-        elif isinstance(error, OSError):
-            self._fail(str(error))
+        elif why := _of_the_machine(error):
+            self._fail(why)
 
     def _fail(self, message: str) -> None:
         raise SystemExit(f"{self.script}: error: {message}; {self._remains()}") from None
@@ -577,7 +605,7 @@ class Run:
         """What is left of the run, and how to go on."""
         if self.saved_step is None:
             return "no checkpoint was saved (--checkpoint-every N saves one every N steps)"
-        name = self.place.folder.name
+        name = self.args.run_name or self.place.folder.name
         command = command_line(self.script, self.args, resume=True, run_name=name)
         return f"saved as of step {self.saved_step}; resume with: {command}"
 
@@ -587,6 +615,10 @@ class Run:
             signal.signal(handled, signal.SIG_DFL)
         if self.at_once:
             raise SystemExit(128 + number)
+        what = "this rollout and its update" if self.script == "ppo.py" else "this step"
+        told = f"\n{self.script}: finishing {what}, then saving; another signal kills\n"
+        with contextlib.suppress(OSError):
+            os.write(2, told.encode())  # print may not be interrupted by another print
 
     def _after(self, step: int) -> int:
         """The first step after this one at which a checkpoint is due."""
@@ -605,21 +637,23 @@ class Run:
             "device": self.device.type,
             "args": asdict(self.args),
             "seconds": self.seconds,
-            **self.state(),
+            "state": self.state(),
         }
+        self.step = content["state"]["global_step"]
         try:
             self._flush_log()
             save(self.place.path, content)
-        except OSError as error:
+        except (OSError, TypeError) as error:
             if not self.failing:
+                why = error.strerror if isinstance(error, OSError) else error
                 kept = "none" if self.saved_step is None else f"of step {self.saved_step}"
                 self.warn(
-                    f"no checkpoint of step {self.step} could be saved: {error.strerror}; the last "
+                    f"no checkpoint of step {self.step} could be saved: {why}; the last "
                     f"one is {kept}"
                 )
             self.failing = True
             return
-        self.failing, self.saved_step = False, content["global_step"]
+        self.failing, self.saved_step = False, self.step
         if self.writer is None:
             self._open_log()
 
@@ -647,7 +681,8 @@ class Run:
 
     def _thread_failed(self, args: Any) -> None:
         """Without a traceback: `add_scalar` raises again what TensorBoard's thread met."""
-        if not isinstance(args.exc_value, OSError):
+        of_log = type(args.thread).__name__ == "_AsyncWriterThread"
+        if not (of_log and isinstance(args.exc_value, OSError)):
             self.excepthook(args)
 
     def _log_failed(self, error: OSError) -> None:

@@ -343,7 +343,7 @@ def main(args: Args) -> dict:
             "episodes": torch.tensor(episodes, dtype=torch.float64),
             "episode_return": torch.from_numpy(episode_return.copy()),
             "episode_length": torch.from_numpy(episode_length.copy()),
-            "actor": actor_adam.state(),
+            "actor": actor_adam.state(),  # with the weights, and log_alpha
             "critic": critic_adam.state(),
             "target": target_params.cpu().clone(),
             "buffer": buffer.state(),
@@ -352,9 +352,9 @@ def main(args: Args) -> dict:
             "rng": runs.rng_state(device, envs.action_space),
         }
 
-    replayed = np.zeros(args.num_envs, bool)  # whether an env goes on with an episode
+    anew = np.ones(args.num_envs, bool)  # the envs that begin an episode
     if place.saved:
-        saved = place.saved
+        saved = place.saved["state"]
         with runs.refusing("sac.py"), place.reading():
             runs.check_like(saved, state(), "it")
             global_step, next_log = saved["global_step"], saved["next_log"]
@@ -365,13 +365,13 @@ def main(args: Args) -> dict:
             target_params.copy_(saved["target"])
             buffer.load(saved["buffer"])
             codec.clamp.load(saved["clamp"], obs_dim)
-            obs, replayed = envs.replay(saved["envs"])
+            obs, anew = envs.replay(saved["envs"])
             runs.set_rng_state(saved["rng"], device, envs.action_space)
-        episode_return[~replayed], episode_length[~replayed] = 0, 0
-        buffer.cut(~replayed)
-    buffer.start(obs, ~replayed)
+        episode_return[anew], episode_length[anew] = 0, 0
+        buffer.cut(anew)
+    buffer.start(obs, anew)
 
-    with runs.Run("sac.py", args, device, place, state, replayed) as run:
+    with runs.Run("sac.py", args, device, place, state, anew) as run:
         while run.goes_on(global_step):
             # --- Collect one transition per env --------------------------------------------------
             if global_step < args.learning_starts:

@@ -587,7 +587,7 @@ def test_a_fault_ends_the_run_in_one_line_and_mended_it_goes_on(
 
     register(lambda: Odd(length=LENGTH))
     python, script, *words = shlex.split(command)
-    assert (python, script) == ("python", f"{name}.py")
+    assert (python, script) == (sys.executable, f"{name}.py")
     result = run(name, shlex.join(words), base=False)["result"]
     out, err = capfd.readouterr()
     assert f"{folder} from step {step} " in out

@@ -438,8 +438,8 @@ def test_a_replayed_env_goes_on_as_the_one_that_was_not_stopped(env_id, num_envs
     again = envs.make_vector(env_id, num_envs)
     again.reset(seed=5)
     saved = went_on.episodes()
-    obs, replayed = again.replay(saved)
-    assert replayed.all()
+    obs, anew = again.replay(saved)
+    assert not anew.any()
     assert obs.tobytes() == np.stack([episode["obs"].numpy() for episode in saved]).tobytes()
     for _ in range(150):
         one, other = step([went_on, again])
@@ -461,6 +461,31 @@ def test_a_step_that_fails_leaves_the_replay_where_it_was(monkeypatch):
         assert torch.equal(one["obs"], other["obs"])
 
 
+@pytest.mark.parametrize("what", ["reward", "end"])
+def test_an_env_of_which_only_a_reward_or_an_end_differs_begins_anew(what, monkeypatch):
+    """Its observations replay, but it has a memory that outlives the reset."""
+
+    class Forgetful(Scripted):
+        steps = 0
+
+        def step(self, action):
+            type(self).steps += 1
+            odd = self.steps == 12  # the second step of the replay
+            return np.zeros(3), float(odd and what == "reward"), odd and what == "end", False, {}
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(3), {}
+
+    monkeypatch.setattr(envs, "make", lambda _: Forgetful())
+    one, other = envs.make_vector("any", 1), envs.make_vector("any", 1)
+    one.reset(seed=1), other.reset(seed=1)
+    for _ in range(10):
+        one.step(np.zeros((1, 2)))
+    saved = one.episodes()
+    assert other.replay(saved)[1].tolist() == [True]
+    assert other.replay(saved)[1].tolist() == [False]
+
+
 def test_an_env_with_a_generator_of_another_kind_is_not_replayed(monkeypatch):
     monkeypatch.setattr(envs, "make", lambda _: Scripted())
     vector = envs.make_vector("any", 1)
@@ -469,4 +494,4 @@ def test_an_env_with_a_generator_of_another_kind_is_not_replayed(monkeypatch):
     vector.envs[0].unwrapped.np_random = np.random.Generator(np.random.MT19937(3))
     vector.reset()
     assert vector.episodes()[0]["start"] is None
-    assert not vector.replay(vector.episodes())[1].any()
+    assert vector.replay(vector.episodes())[1].all()

@@ -227,7 +227,7 @@ def test_an_episode_too_long_to_replay_begins_anew(name, tmp_path, monkeypatch, 
     changes = {"env": "Pendulum-v1", "run_name": "halves"}
     first = {"total_timesteps": N, "checkpoint_every": N}
     SCRIPTS[name].main(make_args(name, tmp_path, **first, **changes))
-    saved = runs.load(tmp_path / "halves" / "checkpoint.pt")
+    saved = runs.load(tmp_path / "halves" / "checkpoint.pt")["state"]
     assert saved["envs"][0]["start"] is None and len(saved["envs"][0]["actions"]) == 0
     SCRIPTS[name].main(make_args(name, tmp_path, resume=True, **changes))
     assert "env [0] did not replay" in capfd.readouterr().err
@@ -352,7 +352,7 @@ def test_a_loss_beyond_float32_stops_the_run_and_names_the_last_good_checkpoint(
     path = tmp_path / "run" / "checkpoint.pt"
     if every:
         assert "saved as of step 84; resume with: " in message
-        saved = runs.load(path)
+        saved = runs.load(path)["state"]
         assert saved["global_step"] == 84
         adam = saved["actor" if name == "sac" else "adam"]
         assert adam["vectors"].isfinite().all()
