@@ -250,6 +250,33 @@ def test_a_finished_run_is_not_trained_again_but_evaluated_if_that_was_missed(
         assert again[key] == whole[key], key
 
 
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@both
+def test_what_was_trained_is_saved_if_the_end_fails(name, tmp_path, monkeypatch):
+    """As when result.json does not fit on the disk, or the output is a pipe that was closed."""
+    whole = in_one_go(name, tmp_path, env="Walker2d-v3")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit, match="No space left") as stopped,
+    ):
+        patch.setattr(runs.Run, "finish", no_space)
+        in_one_go(name, tmp_path / "again", env="Walker2d-v3")
+    assert "saved as of step 252; resume with: " in stopped.value.code
+    args = make_args(name, tmp_path / "again", env="Walker2d-v3", run_name="whole", resume=True)
+    trained = SCRIPTS[name].main(args)
+    found = left_behind(name, trained, tmp_path / "again" / "whole")
+    assert {key for key in whole if found[key] != whole[key]} <= {"buffer"}  # PPO's is not saved
+
+
+def test_a_warning_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.tqdm, "write", no_space)
+    args = make_args("sac", tmp_path, env="Pendulum-v1", quant_m=1, quant_b=2.0)
+    assert sac.main(args)["result"]["clamped"]
+
+
 # --- Determinism ---------------------------------------------------------------------------------
 
 
