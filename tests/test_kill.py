@@ -586,6 +586,18 @@ def test_a_signal_without_checkpoints_saves_one_and_changes_nothing(name, number
     assert_as_if_never_stopped(name, tmp_path, 600)
 
 
+def test_a_signal_that_was_ignored_still_is(start, tmp_path):
+    """As the shell has it for Ctrl-C of what runs in the background."""
+
+    def job() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        train("sac", make_args("sac", tmp_path, total_timesteps=600, checkpoint_every=0))
+
+    child = start(job)
+    child.until(lambda: TOLD[STEP] >= 100)
+    assert child.end(signal.SIGINT) == 0 and not child.err
+
+
 def test_a_signal_between_any_two_lines_that_decide_whether_to_go_on_is_obeyed(start, tmp_path):
     def signal_before_line(last: int, folder: Path) -> None:
         code, lines = runs.Run.goes_on.__code__, 0
