@@ -170,22 +170,22 @@ class Adam:
         self.steps = saved["steps"]
 
 
-def check_update(what: str, loss: Tensor, norm: Tensor, step: int) -> None:
+def check_update(what: str, loss: Tensor, gradient: Tensor, step: int) -> None:
     """Stop before nan spreads: a step of Adam on it would turn every weight into nan.
 
     Args:
         what: whose update, for the message.
         loss: ().
-        norm: (), of its gradient. Its square must not overflow, either, as Adam squares.
+        gradient: a vector. Its squares must not overflow, either, as Adam takes them.
         step: for the message.
 
     Raises:
-        FloatingPointError: the loss or the norm of the gradient is nan or inf.
+        FloatingPointError: the loss or the squared norm of the gradient is nan or inf.
     """
-    if not math.isfinite(loss + norm):
+    if not math.isfinite(loss.item() + gradient.dot(gradient).item()):
         raise FloatingPointError(
             f"at step {step} the loss of {what} is {loss:g} and the norm of its gradient "
-            f"{norm:g}; training stopped before it spread"
+            f"{gradient.norm():g}; training stopped before it spread"
         )
 
 

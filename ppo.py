@@ -376,8 +376,9 @@ def main(args: Args) -> dict:
                     policy.backward(policy_tape, d_mean[None])
                     value_function.backward(value_tape, d_value[None, :, None])
                     log_std.grad.copy_(d_log_std - args.ent_coef)  # the entropy's by log_std is 1
-                    v_loss, norm = value_loss(value, mb.ret), adam.gradient.norm()
-                    check_update("the values", v_loss, norm, global_step)
+                    v_loss = value_loss(value, mb.ret)
+                    check_update("the values", v_loss, adam.gradient, global_step)
+                    norm = adam.gradient.norm()
                     adam.gradient *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
                     adam.step()
 

@@ -58,7 +58,7 @@ def check_finite(obs: np.ndarray) -> None:
     finite = np.isfinite(obs)
     if not finite.all():
         bad = ~finite.reshape(-1, obs.shape[-1]).all(axis=0)
-        raise ObservationError(f"nan or inf in observation columns {_columns(bad)}")
+        raise ObservationError(f"nan or inf in observation columns {columns_of(bad)}")
 
 
 class Clamp:
@@ -129,12 +129,12 @@ class Clamp:
             return None
         return (
             f"{self.clipped:,} of {self.seen:,} observation values lay beyond +-{self.b:g} and "
-            f"were clamped, in columns {_columns(self.column_peak > 0)}; "
+            f"were clamped, in columns {columns_of(self.column_peak > 0)}; "
             f"{self.remedy.format(bound=math.ceil(self.max_abs))} would hold them"
         )
 
 
-def _columns(mask: np.ndarray, most: int = 12) -> str:
+def columns_of(mask: np.ndarray, most: int = 12) -> str:
     """The indices where mask (n,) is true, e.g. "[3, 7]"; a long list is cut and counted."""
     indices = np.flatnonzero(mask).tolist()
     more = f" and {len(indices) - most} more" if len(indices) > most else ""

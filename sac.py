@@ -28,7 +28,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -245,7 +244,7 @@ def soft_q_target(
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
     """0.5 (MSE1 + MSE2), which is the mean over both critics: q (2, B), target (B,). SAC eq. 5."""
-    return F.mse_loss(q, target.expand_as(q))
+    return (q - target).square().mean()
 
 
 def critic_loss_gradient(q: Tensor, target: Tensor) -> Tensor:
@@ -422,7 +421,7 @@ def main(args: Args) -> dict:
                 q, tape = critic.forward(torch.cat([batch.obs, batch.action], 1))
                 critic.backward(tape, critic_loss_gradient(q[..., 0], q_target)[..., None])
                 qf_loss = critic_loss(q[..., 0], q_target)
-                check_update("the critics", qf_loss, critic_adam.gradient.norm(), global_step)
+                check_update("the critics", qf_loss, critic_adam.gradient, global_step)
                 critic_adam.step()
 
                 q_pi, tape = critic.forward(torch.cat([batch.obs, action], 1))
@@ -433,7 +432,7 @@ def main(args: Args) -> dict:
                 actor.backward([layer[:, half] for layer in actor_tape], d_out[None])
                 log_alpha.grad.copy_(alpha_loss_gradient(log_prob, target_entropy))
                 pi_loss = actor_loss(q_pi[..., 0], log_prob, alpha)
-                check_update("actor and alpha", pi_loss, actor_adam.gradient.norm(), global_step)
+                check_update("actor and alpha", pi_loss, actor_adam.gradient, global_step)
                 actor_adam.step()
 
                 target_params.lerp_(critic_adam.params, args.tau)  # target + tau (critic - target)

@@ -338,13 +338,12 @@ def test_runs_agree_across_processes_for_each_number_of_threads(name, tmp_path):
     ],
 )
 def test_check_update_refuses_what_would_spread(loss, gradient):
-    norm = torch.tensor(gradient).norm()
     with pytest.raises(FloatingPointError, match="at step 7 the loss of us is"):
-        check_update("us", torch.tensor(loss), norm, 7)
+        check_update("us", torch.tensor(loss), torch.tensor(gradient), 7)
 
 
 def test_check_update_lets_finite_numbers_pass():
-    check_update("us", torch.tensor(-1e30), torch.tensor([1e18, -1e18, 0.0]).norm(), 7)
+    check_update("us", torch.tensor(-1e30), torch.tensor([1e18, -1e18, 0.0]), 7)
 
 
 class Bonanza(gym.Env):
