@@ -313,9 +313,9 @@ print(*before, *after)
 
 
 def test_what_a_late_column_never_wrote_takes_no_memory(monkeypatch):
-    """64 MB of a new block: a few pages of it are written, and thousands of its rows are read."""
+    """128 MB of a new block: a few pages of it are written, and thousands of its rows are read."""
     monkeypatch.setattr(LiveColumns, "WATCHED", 10)
-    kept = LiveColumns(Float(), 1, 1_000_000, 10, CPU)
+    kept = LiveColumns(Float(), 1, 2_000_000, 10, CPU)
     codes = torch.ones((1000, 10), dtype=torch.float64)
     kept.put(np.arange(9), codes[:9])
     codes[:, 0] = torch.arange(1000)
@@ -325,8 +325,8 @@ def test_what_a_late_column_never_wrote_takes_no_memory(monkeypatch):
     before, nbytes = process.memory_info().rss, kept.nbytes
     codes[:, 2:] = 2.0
     kept.put(np.arange(100_000, 100_010), codes[:10])
-    assert kept.nbytes - nbytes == 64_000_000
+    assert kept.nbytes - nbytes == 128_000_000
     for start in range(0, 100_000, 1000):
         assert (kept.get(torch.arange(start, start + 1000))[:, 1:] == 1).all()
     assert (kept.get(torch.arange(100_000, 100_010))[:, 2:] == 2).all()
-    assert process.memory_info().rss - before < 10e6
+    assert process.memory_info().rss - before < 30e6
