@@ -14,6 +14,7 @@ and Humanoid read positions that lag one step behind it. Instead the vector envi
 how each running episode began and what was done since, and does it again (`episodes`, `replay`).
 """
 
+import contextlib
 import difflib
 import traceback
 import warnings
@@ -219,10 +220,8 @@ class _VectorEnv(gym.vector.SyncVectorEnv):
         return self._checked(env_obs)[i].tobytes() == obs.numpy().tobytes()
 
     def close_extras(self, **kwargs) -> None:
-        try:
+        with contextlib.suppress(Exception):  # nobody depends on it any more
             super().close_extras(**kwargs)
-        except Exception as error:
-            raise raised(error) from error
 
     def _begin(self, i: int, seed: int | None) -> np.ndarray:
         try:
