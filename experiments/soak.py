@@ -207,6 +207,7 @@ def draw(data: dict[str, np.ndarray], path: Path) -> None:
         axes.set_xlim(0, step[-1])
         axes.set_ylim(bottom=None if axes is left else 0, top=1.25 * axes.dataLim.y1)
         axes.set_xlabel("environment steps (shaded: warm-up)", fontsize=11)
+        axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k" if x else "0")
         axes.spines[["top", "right"]].set_visible(False)
         if axes is not right:
