@@ -597,7 +597,8 @@ def test_a_fault_ends_the_run_in_one_line_and_mended_it_goes_on(
 
 
 @pytest.mark.parametrize("name", ["sac", "ppo"])
-def test_a_fault_in_closing_costs_nothing(name, register):
+def test_a_fault_in_closing_costs_nothing(name, register, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     register(lambda: Odd("close", 1, RuntimeError("still open"), length=LENGTH))
     result = run(name, "--env test/Odd-v0 --total-timesteps 128")["result"]
     assert result["global_step"] == 128 and len(result["evaluation"]) == 1
