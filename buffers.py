@@ -1,8 +1,8 @@
 """The only place where observations live, and always as codes of a `quantize.py` codec.
 
 `RolloutBuffer` holds PPO's n_steps per env; `ReplayBuffer` holds SAC's transitions with **one**
-copy of each observation, kept by `columns.py`. A layout function names every array with shape and
-dtype: `memory.py` adds it up, while `nbytes` adds up the arrays that a buffer really has.
+copy of each observation. Built on `torch.device("meta")` a buffer takes no memory but knows its
+`nbytes`: that is how `memory.py` says what a run will take.
 """
 
 import math
@@ -13,25 +13,85 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from columns import LiveColumns, Rows, put, restore, stored, zeros
-from quantize import Codec, ObservationError
+from quantize import Codec
+from support.columns import LiveColumns, Rows, columns_of, put, restore, stored, take, zeros
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
-PER_ROW = ("actions", "rewards", "terminated", "is_start")  # of a replay buffer, beside obs
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, dtype)
+CPU = torch.device("cpu")
 
 
-def layout_bytes(layout: Layout) -> int:
-    """Bytes that the arrays of a layout take."""
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+class ClampCount:
+    """Counts of the observation values that were stored, and of those that had to be clamped.
+
+    Attributes:
+        seen, clipped: numbers of values so far, and of those that lay beyond the codec's bound.
+        max_abs: largest |s| so far.
+        column_peak: (n,) float64, largest |s| beyond the bound per column, 0 where there was none;
+            None while nothing was clamped.
+    """
+
+    def __init__(self, codec: Codec):
+        self.codec = codec
+        self.seen = 0
+        self.clipped = 0
+        self.max_abs = 0.0
+        self.column_peak: np.ndarray | None = None
+
+    def count(self, obs: np.ndarray) -> None:
+        """Count (k, n) observations that are about to be stored.
+
+        Raises:
+            ValueError: nan or inf; nothing is counted then. The message names the columns.
+        """
+        magnitude = np.abs(obs)
+        peak = float(magnitude.max(initial=0.0))  # nan if any is: then the comparison fails too
+        if not peak <= self.codec.b:
+            if not math.isfinite(peak):
+                bad = ~np.isfinite(obs).all(0)
+                raise ValueError(f"nan or inf in observation columns {columns_of(bad)}")
+            beyond = magnitude > self.codec.b
+            peaks = np.where(beyond, magnitude, 0.0).max(0)
+            before = 0.0 if self.column_peak is None else self.column_peak
+            self.column_peak = np.maximum(before, peaks)
+            self.clipped += int(np.count_nonzero(beyond))
+        self.seen += obs.size
+        self.max_abs = max(self.max_abs, peak)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the values seen that were clamped."""
+        return self.clipped / self.seen if self.seen else 0.0
+
+    def report(self) -> str | None:
+        """One line on what was clamped and the bound that would hold it; None if nothing was."""
+        if self.column_peak is None:
+            return None
+        remedy = self.codec.remedy.format(bound=math.ceil(self.max_abs))
+        return (
+            f"{self.clipped:,} of {self.seen:,} observation values lay beyond +-{self.codec.b:g} "
+            f"and were clamped, in columns {columns_of(self.column_peak > 0)}; "
+            f"{remedy} would hold them"
+        )
+
+    def state_dict(self) -> dict:
+        """The counts, for a checkpoint."""
+        peak = None if self.column_peak is None else torch.from_numpy(self.column_peak.copy())
+        return {
+            "seen": self.seen,
+            "clipped": self.clipped,
+            "max_abs": self.max_abs,
+            "column_peak": peak,
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Take over what `state_dict` returned."""
+        self.seen, self.clipped = saved["seen"], saved["clipped"]
+        self.max_abs, peak = saved["max_abs"], saved["column_peak"]
+        self.column_peak = None if peak is None else peak.numpy().copy()
 
 
-def _float32_reward(reward: np.ndarray) -> np.ndarray:
-    """(num_envs,) -> float32. Raises ObservationError on nan, inf or beyond float32."""
-    good = np.abs(reward) <= FLOAT32_MAX
-    if not good.all():
-        raise ObservationError(f"nan or inf in the reward of env {np.flatnonzero(~good)}")
-    return reward.astype(np.float32)
+def array_bytes(buffer: object) -> int:
+    """Bytes of the tensors that are attributes of a buffer."""
+    return sum(value.nbytes for value in vars(buffer).values() if isinstance(value, torch.Tensor))
 
 
 class RolloutBatch(NamedTuple):
@@ -44,23 +104,11 @@ class RolloutBatch(NamedTuple):
     ret: torch.Tensor
 
 
-def rollout_layout(codec: Codec, n_steps: int, num_envs: int, obs_dim: int, act_dim: int) -> Layout:
-    """Arrays of a `RolloutBuffer`: (n_steps, num_envs, ...)."""
-    steps, (width, dtype) = (n_steps, num_envs), codec.row(obs_dim)
-    scalars = ("log_probs", "values", "rewards", "advantages", "returns")
-    return {
-        "obs": ((*steps, width), dtype),
-        "actions": ((*steps, act_dim), torch.float32),
-        **{name: (steps, torch.float32) for name in scalars},
-        "ends": (steps, torch.bool),
-    }
-
-
 class RolloutBuffer:
-    """PPO's on-policy buffer, refilled for every update.
+    """PPO's on-policy buffer, refilled for every update. Its arrays are (n_steps, num_envs, ...).
 
-    `add` fills obs, actions, values, rewards and ends step by step. log_probs, advantages and
-    returns are whole arrays for the caller to set, as ppo.py does.
+    `add` fills all but advantages and returns, which the caller sets as whole arrays after the
+    last step, as ppo.py does.
 
     Args:
         codec: how observations are stored.
@@ -68,6 +116,9 @@ class RolloutBuffer:
         num_envs, obs_dim, act_dim: sizes.
         device: where the minibatches go. The arrays are on the CPU, where the environments are.
         seed: of the minibatches' permutations.
+
+    Attributes:
+        clamped: what was clamped, a `ClampCount`.
     """
 
     def __init__(
@@ -80,22 +131,36 @@ class RolloutBuffer:
         device: torch.device,
         seed: int,
     ):
-        self.codec, self.obs_dim = codec, obs_dim
-        self.layout = rollout_layout(codec, n_steps, num_envs, obs_dim, act_dim)
-        for name, (shape, dtype) in self.layout.items():
-            setattr(self, name, zeros(shape, dtype, torch.device("cpu")))
-        self.device, self.step = device, 0
+        self.codec, self.obs_dim, self.act_dim, self.device = codec, obs_dim, act_dim, device
+        self.clamped = ClampCount(codec)
+        self.step = 0  # the row that is filled next
         self._rng = np.random.default_rng(seed)
+        steps, host = (n_steps, num_envs), device if device.type == "meta" else CPU
+        width, dtype = codec.row(obs_dim)
+        self.obs = zeros((*steps, width), dtype, host)
+        self.actions = zeros((*steps, act_dim), torch.float32, host)
+        self.log_probs = zeros(steps, torch.float32, host)
+        self.values = zeros(steps, torch.float32, host)
+        self.rewards = zeros(steps, torch.float32, host)
+        self.ends = zeros(steps, torch.bool, host)
+        self.advantages = zeros(steps, torch.float32, host)
+        self.returns = zeros(steps, torch.float32, host)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays as they are."""
-        return sum(getattr(self, name).nbytes for name in self.layout)
+        """Bytes of the arrays."""
+        return array_bytes(self)
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """Bytes of one decoded minibatch."""
+        rows = min(batch_size, self.ends.numel())
+        return rows * 4 * (self.obs_dim + self.act_dim + 3)  # log_prob, advantage, ret
 
     def add(
         self,
         obs: np.ndarray,
         action: np.ndarray,
+        log_prob: np.ndarray,
         value: np.ndarray,
         reward: np.ndarray,
         end: np.ndarray,
@@ -104,31 +169,22 @@ class RolloutBuffer:
 
         Args:
             obs: (num_envs, n), what the action was chosen on.
-            action, value: (num_envs, k), (num_envs,), from the networks.
+            action: (num_envs, k), as sampled; log_prob, value: (num_envs,), from the networks.
             reward: (num_envs,), with gamma * V(final obs) added where the episode was truncated.
             end: (num_envs,) bool, the episode ended with this step, either way.
 
         Raises:
-            ObservationError: nan or inf in obs or reward; nothing is stored then.
+            ValueError: nan or inf in obs; nothing is stored then.
         """
-        codes, reward, t = self.codec.encode(obs), _float32_reward(reward), self.step
-        self.obs[t] = self.codec.pack(codes)
-        for array, row in (
-            (self.actions, action),
-            (self.values, value),
-            (self.rewards, reward),
-            (self.ends, end),
-        ):
-            array.numpy()[t] = row
+        self.clamped.count(obs)
+        t = self.step
+        self.obs[t] = self.codec.pack(self.codec.encode(obs))
+        self.actions.numpy()[t] = action
+        self.log_probs.numpy()[t] = log_prob
+        self.values.numpy()[t] = value
+        self.rewards.numpy()[t] = reward
+        self.ends.numpy()[t] = end
         self.step = (t + 1) % len(self.obs)
-
-    def state(self) -> dict:
-        """For a checkpoint between two rollouts, when no row is needed any more."""
-        return {"rng": self._rng.bit_generator.state}
-
-    def load(self, saved: dict) -> None:
-        """Take over what `state` returned."""
-        self._rng.bit_generator.state = saved["rng"]
 
     def minibatches(self, batch_size: int) -> Iterator[RolloutBatch]:
         """One pass over all steps in a fresh random order; the last batch may be smaller."""
@@ -142,28 +198,27 @@ class RolloutBuffer:
             codes = self.codec.unpack(rows, self.obs_dim)
             yield RolloutBatch(self.codec.decode(codes), *rest)
 
+    def state_dict(self) -> dict:
+        """For a checkpoint between two rollouts, when no row is needed any more."""
+        return {"clamped": self.clamped.state_dict(), "rng": self._rng.bit_generator.state}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Take over what `state_dict` returned."""
+        self.clamped.load_state_dict(saved["clamped"])
+        self._rng.bit_generator.state = saved["rng"]
+
 
 class ReplayBatch(NamedTuple):
-    """A batch for SAC, float32: both_obs (2 B, n), action (B, k), reward (B,).
+    """A batch for SAC: obs and next_obs (B, n), action (B, k), reward (B,), all float32.
 
-    terminated is (B,) bool. The first B rows of both_obs are obs, the others next_obs: a network
-    can take them in one pass.
+    terminated is (B,) bool. obs and next_obs are the two halves of one (2 B, n) tensor.
     """
 
-    both_obs: torch.Tensor
+    obs: torch.Tensor
     action: torch.Tensor
     reward: torch.Tensor
+    next_obs: torch.Tensor
     terminated: torch.Tensor
-
-    @property
-    def obs(self) -> torch.Tensor:
-        """(B, n), a view."""
-        return self.both_obs[: len(self.action)]
-
-    @property
-    def next_obs(self) -> torch.Tensor:
-        """(B, n), a view."""
-        return self.both_obs[len(self.action) :]
 
 
 def rows_per_env(buffer_size: int, num_envs: int) -> int:
@@ -171,42 +226,10 @@ def rows_per_env(buffer_size: int, num_envs: int) -> int:
     return max(3, math.ceil(buffer_size / num_envs) + 1)
 
 
-def replay_layout(
-    codec: Codec,
-    buffer_size: int,
-    num_envs: int,
-    obs_dim: int,
-    act_dim: int,
-    live_columns: int | None = None,
-) -> Layout:
-    """Arrays of a `ReplayBuffer`: one row per observation, and three numbers per env.
-
-    With live_columns, those of one that drops constant columns, once it is settled, if that many of
-    the obs_dim columns change in its first rows and none later.
-    """
-    rows = num_envs * rows_per_env(buffer_size, num_envs)
-    width, dtype = codec.row(obs_dim if live_columns is None else live_columns)
-    layout = {
-        "obs": ((rows, width), dtype),
-        "actions": ((rows, act_dim), torch.float32),
-        "rewards": ((rows,), torch.float32),
-        "terminated": ((rows,), torch.bool),
-        "is_start": ((rows,), torch.bool),
-        "first_row": ((num_envs,), torch.int64),
-        "head": ((num_envs,), torch.int64),
-        "fill": ((num_envs,), torch.int64),
-    }
-    if live_columns is not None:
-        layout["constant"] = ((obs_dim,), codec.dtype)
-        layout["live"] = ((obs_dim,), torch.bool)
-        layout["columns"] = layout["place"] = ((obs_dim,), torch.int64)
-    return layout
-
-
 class ReplayBuffer:
     """SAC's buffer. The next observation of row i is row i + 1, so each is stored once.
 
-    Every env has a ring of rows of its own. `head` is its open row: it holds the newest
+    Every env has a ring of rows of its own. Its head is the open row: it holds the newest
     observation, whose action is not known yet. An episode of T steps takes T + 1 rows:
 
         row        i     i+1   ...   i+T-1   i+T     i+T+1
@@ -226,6 +249,10 @@ class ReplayBuffer:
         device: where observations, actions and rewards live; indices are drawn on the CPU.
         seed: of the sampling.
         drop_constant: store a column of the observation only from its first change on.
+
+    Attributes:
+        size: number of stored transitions.
+        clamped: what was clamped, a `ClampCount`.
     """
 
     def __init__(
@@ -239,51 +266,61 @@ class ReplayBuffer:
         seed: int,
         drop_constant: bool = False,
     ):
-        self.codec = codec
-        self.rows = rows_per_env(buffer_size, num_envs)
-        keep = LiveColumns if drop_constant else Rows
-        self.obs = keep(codec, num_envs, self.rows, obs_dim, device)
-        self.layout = replay_layout(codec, buffer_size, num_envs, obs_dim, act_dim)
-        del self.layout["obs"]
-        for name, (shape, dtype) in self.layout.items():
-            if name in ("actions", "rewards", "terminated"):
-                setattr(self, name, zeros(shape, dtype, device))
-            else:  # bookkeeping, read and written by numpy
-                setattr(self, name, zeros(shape, dtype, torch.device("cpu")).numpy())
-        self.first_row[:] = np.arange(num_envs) * self.rows
-        self.head[:] = self.first_row
-        self.fill[:] = 1  # rows in use per ring, its head included
-        self.size = 0  # stored transitions
-        self.device = device
+        self.codec, self.obs_dim, self.act_dim, self.device = codec, obs_dim, act_dim, device
+        self.clamped = ClampCount(codec)
+        self.size = 0
         self._rng = np.random.default_rng(seed)
+        self.ring = rows_per_env(buffer_size, num_envs)  # rows of each env
+        rows, host = num_envs * self.ring, device if device.type == "meta" else CPU
+        keep = LiveColumns if drop_constant else Rows
+        self.obs = keep(codec, num_envs, self.ring, obs_dim, device)
+        self.actions = zeros((rows, act_dim), torch.float32, device)
+        self.rewards = zeros((rows,), torch.float32, device)
+        self.terminated = zeros((rows,), torch.bool, device)
+        self.is_start = zeros((rows,), torch.bool, host)
+        self.head = [env * self.ring for env in range(num_envs)]  # row of each env's head
+        self.fill = [1] * num_envs  # rows in use of each ring, its head included
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays as they are."""
-        return self.obs.nbytes + sum(getattr(self, name).nbytes for name in self.layout)
+        """Bytes of the arrays as they are now."""
+        return self.obs.nbytes + array_bytes(self)
+
+    def batch_bytes(self, batch_size: int) -> int:
+        """Bytes of one decoded batch."""
+        # obs, next_obs, action, reward in float32; terminated is a byte.
+        return batch_size * (4 * (2 * self.obs_dim + self.act_dim + 1) + 1)
 
     def touch(self) -> None:
         """Make every page resident now: a lack of memory shows at the start, not hours later.
 
         Not with drop_constant, whose arrays grow with the data.
         """
-        for array in (self.obs.array, *(getattr(self, name) for name in self.layout)):
-            flat = torch.as_tensor(array).view(-1).view(torch.uint8)
+        for array in (self.obs.array, self.actions, self.rewards, self.terminated, self.is_start):
+            flat = array.view(-1).view(torch.uint8)
             flat[:: resource.getpagesize()] |= 0
             flat[-1:] |= 0  # arrays do not begin with a page: the last one may hold a short tail
 
     def start(self, obs: np.ndarray, mask: np.ndarray) -> None:
         """Write the first observation of an episode at the head of every env in mask.
 
+        If an episode is still running there, it ends as a truncation would end it: its newest
+        observation stays, as the next_obs of its last transition.
+
         Args:
             obs: (num_envs, n), read where mask is true.
             mask: (num_envs,) bool, the envs that were reset.
 
         Raises:
-            ObservationError: nan or inf; nothing is stored then.
+            ValueError: nan or inf; nothing is stored then.
         """
+        self.clamped.count(obs[mask])
         codes = self.codec.encode(obs[mask])
-        self.obs.put(self.head[mask], codes)
+        envs = np.flatnonzero(mask).tolist()
+        for env in envs:
+            if self.is_start[self._beside_head(env, -1)]:
+                self._advance(env)
+        self.obs.put(np.array([self.head[env] for env in envs], np.int64), codes)
 
     def add(
         self,
@@ -302,30 +339,38 @@ class ReplayBuffer:
             terminated, truncated: (num_envs,) bool. If both are set, terminated wins: no bootstrap.
 
         Raises:
-            ObservationError: nan or inf in next_obs or reward; nothing is stored then.
+            ValueError: nan or inf in next_obs; nothing is stored then.
         """
-        codes, reward = self.codec.encode(next_obs), _float32_reward(reward)
-        row, next_row = self.head, self._after(self.head)
-        done = terminated | truncated
-        put(self.actions, row, torch.from_numpy(np.asarray(action, np.float32)))
-        put(self.rewards, row, torch.from_numpy(reward))
-        put(self.terminated, row, torch.from_numpy(terminated))
-        self.obs.put(next_row, codes)
+        self.clamped.count(next_obs)
+        rows = np.array(self.head)
+        put(self.actions, rows, action)
+        put(self.rewards, rows, reward)
+        put(self.terminated, rows, terminated)
+        self.is_start.numpy()[rows] = True
+        self.size += len(rows)
+        next_rows = np.array([self._advance(env) for env in range(len(rows))])
+        self.obs.put(next_rows, self.codec.encode(next_obs))
+        for env, done in enumerate(terminated | truncated):
+            if done:
+                self._advance(env)  # beyond the final observation
 
-        self._forget(next_row)  # the oldest row falls out,
-        new_head = next_row
-        if done.any():
-            new_head = np.where(done, self._after(next_row), next_row)
-            self._forget(new_head)  # and at an end one more
-        self.is_start[row] = True
-        self.size += len(row)
-        self.fill[:] = np.minimum(self.fill + 1 + done, self.rows)
-        self.head[:] = new_head
+    def _beside_head(self, env: int, step: int) -> int:
+        """The row step rows after the head of an env, going round in its ring."""
+        return env * self.ring + (self.head[env] + step) % self.ring
 
-    def _forget(self, rows: np.ndarray) -> None:
-        """No transition begins at these rows any more."""
-        self.size -= int(np.count_nonzero(self.is_start[rows]))
-        self.is_start[rows] = False
+    def _advance(self, env: int) -> int:
+        """Move the head of an env to the next row, whose transition, the oldest one, is forgotten.
+
+        Returns:
+            That row.
+        """
+        self.head[env] = row = self._beside_head(env, 1)
+        self.fill[env] = min(self.fill[env] + 1, self.ring)
+        is_start = self.is_start.numpy()
+        if is_start[row]:
+            is_start[row] = False
+            self.size -= 1
+        return row
 
     def sample(self, batch_size: int) -> ReplayBatch:
         """Draw transitions uniformly, with replacement, over all envs together.
@@ -334,70 +379,61 @@ class ReplayBuffer:
             ValueError: nothing is stored yet.
         """
         rows = self._draw(batch_size)
-        # One gather for s and s': row and row + 1.
-        both = torch.from_numpy(np.concatenate([rows, self._after(rows)])).to(self.device)
-        index = both[:batch_size]
+        next_rows = rows + 1
+        next_rows[next_rows % self.ring == 0] -= self.ring  # going round in the env's ring
+        both = np.concatenate([rows, next_rows])  # one gather for s and s'
+        obs, next_obs = self.obs.get(both).chunk(2)
         return ReplayBatch(
-            self.obs.get(both),
-            self.actions.index_select(0, index),
-            self.rewards.index_select(0, index),
-            self.terminated.index_select(0, index),
+            obs,
+            take(self.actions, rows),
+            take(self.rewards, rows),
+            next_obs,
+            take(self.terminated, rows),
         )
-
-    def cut(self, mask: np.ndarray) -> None:
-        """End the running episodes of the envs in mask, as a truncation would: a new one follows.
-
-        For an env that could not be brought back to where it was; `start` must come next. The
-        newest observation stays the next_obs of the last transition.
-        """
-        new_head = np.where(mask, self._after(self.head), self.head)
-        self._forget(new_head[mask])
-        self.fill[:] = np.minimum(self.fill + mask, self.rows)
-        self.head[:] = new_head
-
-    def state(self) -> dict:
-        """For a checkpoint: the rows in use, not copied, and the bookkeeping."""
-        return {
-            "obs": self.obs.state(self.fill),
-            **{name: stored(torch.as_tensor(getattr(self, name)), self.fill) for name in PER_ROW},
-            "head": torch.from_numpy(self.head.copy()),
-            "fill": torch.from_numpy(self.fill.copy()),
-            "size": self.size,
-            "rng": self._rng.bit_generator.state,
-        }
-
-    def load(self, saved: dict) -> None:
-        """Take over what `state` returned.
-
-        Raises:
-            ValueError: rows that this buffer does not have.
-        """
-        head, fill = saved["head"].numpy(), saved["fill"].numpy()
-        inside = (head >= self.first_row) & (head < self.first_row + self.rows)
-        if not (inside & (fill >= 1) & (fill <= self.rows)).all():
-            raise ValueError("its replay buffer has other rows than this one")
-        self.head[:], self.fill[:], self.size = head, fill, saved["size"]
-        self.obs.load(saved["obs"], self.fill)
-        for name in PER_ROW:
-            restore(torch.as_tensor(getattr(self, name)), self.fill, saved[name])
-        if self.size != np.count_nonzero(self.is_start):
-            raise ValueError("its replay buffer counts other transitions than it holds")
-        self._rng.bit_generator.state = saved["rng"]
 
     def _draw(self, n: int) -> np.ndarray:
         """n rows with `is_start`, uniform and independent. Rings may be filled unequally."""
         if self.size == 0:
             raise ValueError("the replay buffer holds no complete transition to sample yet")
-        filled = np.cumsum(self.fill)
-        to_row = self.first_row + self.fill - filled  # from a place among all filled rows
+        is_start, total = self.is_start.numpy(), sum(self.fill)
         rows = np.empty(0, np.int64)
         while len(rows) < n:  # some draws hit an open head or a final row
-            draws = self._rng.integers(filled[-1], size=n + n // 4)
-            draws += to_row[np.searchsorted(filled, draws, side="right")]
-            rows = np.concatenate([rows, draws[self.is_start[draws]]])
+            draws = self._rng.integers(total, size=n + n // 4)
+            if len(self.fill) > 1:  # from a number among all filled rows to a row
+                filled = np.cumsum(self.fill)
+                env = np.searchsorted(filled, draws, side="right")
+                draws += (self.ring * np.arange(len(filled)) + self.fill - filled)[env]
+            rows = np.concatenate([rows, draws[is_start[draws]]])
         return rows[:n]
 
-    def _after(self, row: np.ndarray) -> np.ndarray:
-        """The row after each, going round within its env's ring."""
-        after = row + 1
-        return after - self.rows * (after % self.rows == 0)
+    def state_dict(self) -> dict:
+        """For a checkpoint: the rows in use, not copied, and the bookkeeping."""
+        fill = self.fill
+        return {
+            "obs": self.obs.state_dict(fill),
+            "actions": stored(self.actions, fill),
+            "rewards": stored(self.rewards, fill),
+            "terminated": stored(self.terminated, fill),
+            "is_start": stored(self.is_start, fill),
+            "head": list(self.head),
+            "fill": list(self.fill),
+            "clamped": self.clamped.state_dict(),
+            "rng": self._rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ValueError: rows that this buffer does not have.
+        """
+        self.head, fill = list(saved["head"]), list(saved["fill"])
+        self.fill = fill
+        self.obs.load_state_dict(saved["obs"], fill)
+        restore(self.actions, fill, saved["actions"])
+        restore(self.rewards, fill, saved["rewards"])
+        restore(self.terminated, fill, saved["terminated"])
+        restore(self.is_start, fill, saved["is_start"])
+        self.size = int(self.is_start.count_nonzero())
+        self.clamped.load_state_dict(saved["clamped"])
+        self._rng.bit_generator.state = saved["rng"]

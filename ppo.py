@@ -9,38 +9,38 @@ Details follow Stable-Baselines3's `ppo/ppo.py` (2.9.2). As in the paper the pol
 observations and learns from rounded ones, so the ratio of an update's first minibatch is not
 quite 1; TensorBoard shows by how much as `losses/first_ratio_error`.
 
-| symbol      | name         | meaning                                         |
-|-------------|--------------|-------------------------------------------------|
-| s, a        | obs, action  | a as sampled; the environment gets it clipped   |
-| gamma       | gamma        | discount                                        |
-| lambda      | gae_lambda   | weight of longer returns in the advantage       |
-| delta_t     | delta        | one-step temporal difference error              |
-| A_t         | advantage    | generalised advantage estimate                  |
-| r_t(theta)  | ratio        | pi_theta(a|s) / pi_old(a|s)                     |
-| epsilon     | clip_coef    | how far the ratio may move before it is clipped |
-| m, b        | quant_m, quant_b | decimals kept, clamp bound                  |
+| symbol     | name             | meaning                                         |
+|------------|------------------|-------------------------------------------------|
+| s, a       | obs, action      | a as sampled; the environment gets it clipped   |
+| gamma      | gamma            | discount                                        |
+| lambda     | gae_lambda       | weight of longer returns in the advantage       |
+| delta_t    | delta            | one-step temporal difference error              |
+| A_t        | advantage        | generalised advantage estimate                  |
+| r_t(theta) | ratio            | pi_theta(a|s) / pi_old(a|s)                     |
+| epsilon    | clip_coef        | how far the ratio may move before it is clipped |
+| m, b       | quant_m, quant_b | decimals kept, clamp bound                      |
 """
 
-import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 import memory
-import runs
 from buffers import RolloutBuffer
-from envs import evaluate, make_vector
-from networks import MLP, Adam, check_update, set_threads
 from quantize import make_codec
+from support import arguments, runs
+from support.envs import make_vector
+from support.networks import Adam, Policy, ValueFunction, flatten, set_threads
+from support.recording import Recorded, check_recordings
 
 ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
-CLIP_EPS = 1e-6  # in the norm that the gradient is divided by; torch.nn.utils.clip_grad_norm_
 ADVANTAGE_EPS = 1e-8  # keeps the normalised advantage finite; SB3 ppo.py:219
 
 
@@ -60,13 +60,15 @@ class Args:
     """store the codes of --quant-m in the bits they need: 8, 12, 15, 18 for m = 0, 1, 2, 3"""
     quant_act: bool = False
     """also act on the decoded observation (the paper acts on raw and learns from rounded ones)"""
+    eager: bool = False
+    """let autograd run at every update: prints and breakpoints work inside a loss; slower"""
     seed: int = 1
     """random seed of networks, environments, exploration and sampling"""
     total_timesteps: int = 1_000_000
     """environment transitions to train for, all envs together, rounded up to whole rollouts"""
     num_envs: int = 1
     """environments stepped side by side"""
-    device: str = "auto"
+    device: str = "cpu"
     """cpu, cuda, or auto: cuda where there is one"""
     hidden: int = 64
     """width of both hidden layers (paper's appendix: 64, as SB3's PPO default)"""
@@ -104,16 +106,7 @@ class Args:
 
 
 def check(args: Args) -> None:
-    """Raise ValueError with one clear line for an argument out of its range."""
-    at_least_1 = "total_timesteps hidden n_steps batch_size n_epochs"
-    at_least_0 = "checkpoint_every eval_episodes clip_coef vf_coef ent_coef max_grad_norm"
-    from_0_to_1 = "learning_rate gamma gae_lambda"
-    ranges = ((at_least_1, 1, 10**12), (at_least_0, 0, 10**12), (from_0_to_1, 0, 1))
-    for names, low, high in (*ranges, ("num_envs", 1, 10_000), ("seed", 0, 2**32 - 1)):
-        for name in names.split():
-            if not low <= getattr(args, name) <= high:
-                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-                raise ValueError(f"{flag} is out of range; it must be from {low} to {high}")
+    """Raise ValueError with one clear line for arguments that do not go together."""
     if args.batch_size > args.n_steps * args.num_envs:
         raise ValueError(
             f"--batch-size {args.batch_size} is larger than the buffer: --n-steps {args.n_steps} "
@@ -122,57 +115,29 @@ def check(args: Args) -> None:
 
 
 def prepare(args: Args) -> tuple:
-    """Check everything, create the run's folder last, and say what memory the run will take.
+    """Check everything, say what memory the run will take, and create its folder last.
 
-    Returns:
-        device, codec, vector env, its first obs (num_envs, n), dims (obs_dim, act_dim, num_envs),
-        place: the run's folder, locked, and what was saved there if it is resumed.
-
-    Raises:
-        SystemExit: code 2 and one line on stderr for bad input; nothing has been created then.
+    Returns device, codec, envs (reset), sizes of the buffer, folder.
     """
-    with runs.refusing("ppo.py"):
-        check(args)
-        device = runs.find_device(args.device)
-        codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
-        envs = make_vector(args.env, args.num_envs)
-        (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-        dims = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
-        sizes = dims | {name: getattr(args, name) for name in ("hidden", "n_steps", "batch_size")}
-        footprint = memory.plan("ppo", codec, device, **sizes)  # refuses what cannot fit
-        obs, _ = envs.reset(seed=args.seed)
-        place = runs.find_place("ppo.py", args, device)
-    print(f"{place} on {device}, observations stored as {codec.name}\n{footprint}")
-    return device, codec, envs, obs, dims, place
-
-
-def orthogonal(*sizes: int, gain: float) -> list[tuple[Tensor, Tensor]]:
-    """Layers of one network as SB3 starts them, policies.py:617: no biases, orthogonal weights.
-
-    gain is that of the last layer's weights, the others' is sqrt(2).
-    """
-    layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        weight = torch.empty(outputs, inputs)
-        torch.nn.init.orthogonal_(weight, gain if len(layers) == len(sizes) - 2 else 2**0.5)
-        layers.append((weight.T[None], torch.zeros(1, 1, outputs)))
-    return layers
+    arguments.check_ranges(args)
+    check(args)
+    device = runs.find_device(args.device)
+    codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
+    envs = make_vector(args.env, args.num_envs)
+    (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    sizes = dict(obs_dim=obs_dim, act_dim=act_dim, num_envs=args.num_envs, n_steps=args.n_steps)
+    others = {"hidden": args.hidden, "batch_size": args.batch_size}
+    footprint = memory.plan("ppo", codec, device, **sizes, **others)
+    envs.reset(seed=args.seed)
+    folder = runs.find_folder("ppo.py", args, device)
+    print(f"{folder} on {device}, observations stored as {codec.name}\n{footprint}")
+    return device, codec, envs, sizes, folder
 
 
 def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log pi(a|s) of a diagonal Gaussian: action, mean (B, k), log_std (k,) -> (B,)."""
     standardised = (action - mean) / log_std.exp()
     return -(0.5 * (standardised**2 + math.log(2 * math.pi)) + log_std).sum(-1)
-
-
-def gaussian_log_prob_gradient(
-    action: Tensor, mean: Tensor, log_std: Tensor, d_log_prob: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Back through the log_prob: from d_log_prob (B,) to mean (B, k) and to log_std (k,)."""
-    std, d_log_prob = log_std.exp(), d_log_prob[:, None]
-    standardised = (action - mean) / std
-    d_log_std = d_log_prob * (standardised**2 - 1)
-    return d_log_prob * standardised / std, d_log_std.sum(0)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
@@ -226,212 +191,128 @@ def clipped_policy_loss(ratio: Tensor, advantage: Tensor, clip_coef: float) -> T
     return -torch.min(ratio * advantage, clipped_ratio * advantage).mean()
 
 
-def clipped_policy_loss_gradient(ratio: Tensor, advantage: Tensor, clip_coef: float) -> Tensor:
-    """Of `clipped_policy_loss`, by ratio: (B,), 0 where the clipped ratio gives the minimum."""
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    return -advantage * (ratio * advantage <= clipped_ratio * advantage) / len(ratio)
-
-
-def value_loss(value: Tensor, ret: Tensor) -> Tensor:
-    """Mean squared error: value, ret (B,) -> (). PPO eq. 9."""
-    return F.mse_loss(value, ret)
-
-
-def value_loss_gradient(value: Tensor, ret: Tensor) -> Tensor:
-    """Of `value_loss`, by value: (B,)."""
-    return 2 * (value - ret) / len(value)
-
-
-@torch.inference_mode()  # all gradients are written out, see networks.py
+@torch.no_grad()
 def main(args: Args) -> dict:
-    """Train, evaluate, and write TensorBoard logs and result.json into the run's folder.
+    """Train, evaluate, and write TensorBoard logs, weights and result.json into the run's folder.
 
     Returns:
-        What training left behind: "result" (as in result.json), "policy",
-        "value_function", "log_std", "adam", "buffer".
-
-    Raises:
-        SystemExit: for bad input, see `prepare`; for a signal or a fault, see `runs.Run`.
+        The parts that are named below, as training left them, and "result", as in result.json.
     """
-    device, codec, envs, obs, dims, place = prepare(args)
-    obs_dim, act_dim = dims["obs_dim"], dims["act_dim"]
+    with runs.refusing("ppo.py"):
+        device, codec, envs, sizes, folder = prepare(args)
+    obs_dim, act_dim = sizes["obs_dim"], sizes["act_dim"]
     torch.manual_seed(args.seed)
-    envs.action_space.seed(args.seed)
     low, high = envs.single_action_space.low, envs.single_action_space.high
-
     set_threads(args.batch_size, obs_dim, args.hidden)
-    with torch.device(device):
-        hidden = (obs_dim, args.hidden, args.hidden)
-        policy = MLP(orthogonal(*hidden, act_dim, gain=0.01), "tanh")  # mean of the action
-        value_function = MLP(orthogonal(*hidden, 1, gain=1.0), "tanh")
-        log_std = torch.zeros(act_dim)
-    adam = Adam([*policy.tensors, *value_function.tensors, log_std], args.learning_rate, ADAM_EPS)
-    buffer = RolloutBuffer(codec, args.n_steps, **dims, device=device, seed=args.seed)
 
-    # A second codec for acting, so that the clamp statistics count every stored value once.
-    acting_codec = make_codec(args.quant_m, args.quant_b, args.storage)
+    # --- Networks, optimiser, buffer -------------------------------------------------------------
+    policy = Policy(obs_dim, act_dim, args.hidden).to(device)
+    value_function = ValueFunction(obs_dim, args.hidden).to(device)
+    parameters = flatten(policy, value_function)
+    adam = Adam(parameters, args.learning_rate, ADAM_EPS)
+    buffer = RolloutBuffer(codec, **sizes, device=device, seed=args.seed)
 
-    def acted_on(obs: np.ndarray) -> np.ndarray:
+    # --- What is computed at every step; see support/recording.py --------------------------------
+    def sample_action(obs: Tensor) -> tuple[Tensor, ...]:
+        mean, log_std = policy(obs)
+        action = mean + log_std.exp() * torch.randn_like(mean)
+        return action, gaussian_log_prob(action, mean, log_std), value_function(obs)
+
+    def loss(obs, action, old_log_prob, advantage, ret):  # (B, n), (B, k), and (B,) each
+        mean, log_std = policy(obs)
+        log_ratio = gaussian_log_prob(action, mean, log_std) - old_log_prob
+        ratio = log_ratio.exp()
+        policy_loss = clipped_policy_loss(ratio, normalize(advantage), args.clip_coef)
+        v_loss = F.mse_loss(value_function(obs), ret)  # (V - V_targ)^2
+        entropy = gaussian_entropy(log_std)
+        # PPO eq. 9, with the sign of a loss
+        total = policy_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+        return total, policy_loss, v_loss, entropy, ratio, log_ratio
+
+    record = partial(Recorded, eager=args.eager)
+    act, find_value, gradient = (
+        record(sample_action),
+        record(value_function),
+        record(loss, parameters),
+    )
+
+    def acted_on(obs: np.ndarray) -> Tensor:
         """What is acted on: the raw observation as in the paper, or the decoded one."""
-        if args.quant_act:
-            return acting_codec.decode(acting_codec.encode(obs)).numpy()
-        return obs.astype(np.float32)
+        seen = codec.decode(codec.encode(obs)) if args.quant_act else torch.from_numpy(obs)
+        return seen.to(device, torch.float32)
 
     def best_action(obs: np.ndarray) -> np.ndarray:
-        """Deterministic action: the mean, clipped to the environment's bounds."""
-        return policy.in_numpy()(acted_on(obs[None]))[0, 0].clip(low, high)
+        """Deterministic action for one observation: the mean, clipped to the bounds."""
+        mean, _ = policy(acted_on(obs))
+        return mean.cpu().numpy().clip(low, high)
 
-    episodes: list[tuple[int, float]] = []  # (global_step at the end, return)
-    episode_return = np.zeros(args.num_envs, np.float64)
-    episode_length = np.zeros(args.num_envs, np.int64)
-    global_step, first_ratio_error = 0, 0.0
+    progress = runs.Progress(args.num_envs)
+    parts = {  # all that the next rollout depends on: saved in checkpoints, restored by --resume
+        "policy": policy,
+        "value_function": value_function,
+        "adam": adam,
+        "buffer": buffer,
+        "envs": envs,
+        "progress": progress,
+    }
+    with runs.Run("ppo.py", args, device, folder, **parts) as run:
+        obs = envs.obs
+        while run.goes_on():
+            run.snapshot()  # a fault within this rollout saves what was before it
 
-    def state() -> dict:
-        """What the next rollout depends on, for a checkpoint; copies, see `after_update`."""
-        return {
-            "global_step": global_step,
-            "first_ratio_error": first_ratio_error,
-            "episodes": torch.tensor(episodes, dtype=torch.float64),
-            "episode_return": torch.from_numpy(episode_return.copy()),
-            "episode_length": torch.from_numpy(episode_length.copy()),
-            "adam": adam.state(),  # with the weights, and log_std
-            "buffer": buffer.state(),
-            "clamp": codec.clamp.state(),
-            "envs": envs.episodes(),
-            "rng": runs.rng_state(device),
-        }
-
-    anew = np.ones(args.num_envs, bool)  # the envs that begin an episode
-    if place.saved:
-        saved = place.saved["state"]
-        with runs.refusing("ppo.py"), place.reading():
-            runs.check_like(saved, state(), "it")
-            global_step, first_ratio_error = saved["global_step"], saved["first_ratio_error"]
-            episodes = [(int(step), ret) for step, ret in saved["episodes"].tolist()]
-            episode_return[:], episode_length[:] = saved["episode_return"], saved["episode_length"]
-            adam.load(saved["adam"])
-            buffer.load(saved["buffer"])
-            codec.clamp.load(saved["clamp"], obs_dim)
-            obs, anew = envs.replay(saved["envs"])
-            runs.set_rng_state(saved["rng"], device)
-        episode_return[anew], episode_length[anew] = 0, 0
-    # A stop comes between two updates. A fault comes in a rollout, and leaves what was before it.
-    after_update = state()
-
-    with runs.Run("ppo.py", args, device, place, lambda: after_update, anew) as run:
-        while run.goes_on(global_step):
             # --- Collect n_steps transitions per env ---------------------------------------------
-            # The density of mean + std * noise depends on the noise alone, so the rollout's is
-            # drawn at once. Every action then takes the place of its noise.
-            old_log_std = log_std.cpu()
-            std, noise = old_log_std.exp(), buffer.actions.normal_()
-            buffer.log_probs[:] = gaussian_log_prob(std * noise, torch.zeros_like(std), old_log_std)
-            std, noise = std.numpy(), noise.numpy()
-            policy_now, value_now = policy.in_numpy(), value_function.in_numpy()
-            for t in range(args.n_steps):
-                x = acted_on(obs)
-                mean, value = policy_now(x)[0], value_now(x)[0, :, 0]
-                action = mean + std * noise[t]
+            for _ in range(args.n_steps):
+                action, log_prob, value = (x.cpu().numpy() for x in act(acted_on(obs)))
                 # The environment gets the clipped action; the buffer keeps what was sampled.
-                clipped = np.minimum(np.maximum(action, low), high)
-                next_obs, reward, terminated, truncated, _ = envs.step(clipped)
-                global_step += args.num_envs
-                episode_return += reward
-                episode_length += 1
+                next_obs, reward, terminated, truncated, _ = envs.step(action.clip(low, high))
                 done = terminated | truncated
-                cut = truncated & ~terminated
-                if cut.any():  # not an end of the task: bootstrap from the true final observation
-                    reward[cut] += args.gamma * value_now(acted_on(next_obs[cut]))[0, :, 0]
-                buffer.add(obs, action, value, reward, done)
-                if done.any():
-                    episodes += [(global_step, float(ret)) for ret in episode_return[done]]
-                    run.log_episodes(episode_return[done], episode_length[done], global_step)
-                    episode_return[done], episode_length[done] = 0, 0
-                    next_obs, _ = envs.reset(options={"reset_mask": done})
+                run.advance(reward, done)
+                bootstrap = truncated & ~terminated
+                if bootstrap.any():  # no end of the task: the true final observation has a value
+                    next_value = find_value(acted_on(next_obs)).cpu().numpy()
+                    reward = reward + args.gamma * np.where(bootstrap, next_value, 0)
+                buffer.add(obs, action, log_prob, value, reward, done)
                 obs = next_obs
-                run.bar.update(args.num_envs)
+                if done.any():
+                    obs, _ = envs.reset(options={"reset_mask": done})
+            run.warn_of_clamping(buffer.clamped)
 
             # --- Learn: n_epochs passes over the rollout in minibatches --------------------------
-            last_value = torch.from_numpy(value_now(acted_on(obs))[0, :, 0])
+            last_value = find_value(acted_on(obs)).cpu()
             buffer.advantages[:], buffer.returns[:] = compute_gae(
                 buffer.rewards, buffer.values, buffer.ends, last_value, args.gamma, args.gae_lambda
             )
             first_ratio_error = None
             for _ in range(args.n_epochs):
-                for mb in buffer.minibatches(args.batch_size):
-                    (mean,), policy_tape = policy.forward(mb.obs)
-                    value, value_tape = value_function.forward(mb.obs)
-                    log_prob = gaussian_log_prob(mb.action, mean, log_std)
-                    log_ratio = log_prob - mb.log_prob
-                    ratio = log_ratio.exp()
-                    value, advantage = value[0, :, 0], normalize(mb.advantage)
+                for batch in buffer.minibatches(args.batch_size):
+                    _, policy_loss, v_loss, entropy, ratio, log_ratio = gradient(*batch)
                     if first_ratio_error is None:
                         first_ratio_error = (ratio - 1).abs().mean().item()
-                    # PPO eq. 9, with the sign of a loss
-                    d_ratio = clipped_policy_loss_gradient(ratio, advantage, args.clip_coef)
-                    d_mean, d_log_std = gaussian_log_prob_gradient(
-                        mb.action, mean, log_std, d_ratio * ratio
-                    )
-                    d_value = args.vf_coef * value_loss_gradient(value, mb.ret)
-                    policy.backward(policy_tape, d_mean[None])
-                    value_function.backward(value_tape, d_value[None, :, None])
-                    log_std.grad.copy_(d_log_std - args.ent_coef)  # the entropy's by log_std is 1
-                    v_loss = value_loss(value, mb.ret)
-                    check_update("the values", v_loss, adam.gradient, global_step)
-                    norm = adam.gradient.norm()
-                    adam.gradient *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
+                    nn.utils.clip_grad_norm_([parameters], args.max_grad_norm)
                     adam.step()
 
-            # --- Log the last minibatch's losses, and the entropy after it -----------------------
+            # --- Log the last minibatch ----------------------------------------------------------
+            check_recordings(act, find_value, gradient)
             unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
-            for tag, metric in {
-                "losses/policy_loss": clipped_policy_loss(ratio, advantage, args.clip_coef),
-                "losses/value_loss": v_loss,
-                "losses/entropy": gaussian_entropy(log_std),
-                "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note on KL
-                "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-                "losses/first_ratio_error": first_ratio_error,
-                "losses/explained_variance": 1 - unexplained,
-                "charts/SPS": global_step / run.seconds,
-                "memory/buffer_bytes": buffer.nbytes,
-                "quant/clip_fraction": codec.clamp.fraction,
-                "quant/max_abs_obs": codec.clamp.max_abs,
-            }.items():
-                run.log(tag, torch.as_tensor(metric).item(), global_step)
-            run.warn_of_clamping(codec.clamp)
-            after_update = state()
+            run.log(
+                {
+                    "losses/policy_loss": policy_loss,
+                    "losses/value_loss": v_loss,
+                    "losses/entropy": entropy,
+                    "losses/approx_kl": (ratio - 1 - log_ratio).mean(),  # k3 of Schulman's note
+                    "losses/clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+                    "losses/first_ratio_error": first_ratio_error,
+                    "losses/explained_variance": 1 - unexplained,
+                    "charts/SPS": progress.global_step / run.seconds,
+                    "memory/buffer_bytes": buffer.nbytes,
+                    "quant/clip_fraction": buffer.clamped.fraction,
+                    "quant/max_abs_obs": buffer.clamped.max_abs,
+                }
+            )
 
         # --- Sum up ------------------------------------------------------------------------------
-        run.bar.close()
-        envs.close()
-        print(f"trained; {args.eval_episodes} evaluation episodes follow")
-        last_tenth = [ret for step, ret in episodes if step > 0.9 * global_step]
-        result = {
-            "algo": "ppo",
-            "global_step": global_step,
-            "ms_per_step": 1000 * run.seconds / global_step,
-            "storage": codec.name,
-            "buffer_bytes": buffer.nbytes,
-            "rss_bytes": memory.resident(),
-            "peak_rss_bytes": memory.peak_resident(),
-            "clip_fraction": codec.clamp.fraction,
-            "max_abs_obs": codec.clamp.max_abs,
-            "clamped": codec.clamp.report(),
-            "first_ratio_error": first_ratio_error,
-            "return_last_tenth": float(np.mean(last_tenth)) if last_tenth else None,
-            "evaluation": evaluate(args.env, best_action, args.eval_episodes, args.seed + 10_000),
-            "args": asdict(args),
-            **runs.provenance(),
-        }
-        run.finish(result)
-    return {
-        "result": result,
-        "policy": policy,
-        "value_function": value_function,
-        "log_std": log_std,
-        "adam": adam,
-        "buffer": buffer,
-    }
+        result = run.finish(buffer, best_action, first_ratio_error=first_ratio_error)
+    return parts | {"result": result}
 
 
 if __name__ == "__main__":

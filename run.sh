@@ -6,27 +6,33 @@
 #   ./run.sh test                              lint and every test
 #   ./run.sh reproduce                         every run, figure and table in experiments/results
 set -euo pipefail
-cd "$(dirname "$0")"
+script=$(readlink -f -- "${BASH_SOURCE[0]}") # not the symbolic link that may lead here
+cd -- "${script%/*}"
 
 # setup VENV REQUIREMENTS: install REQUIREMENTS into VENV; returns at once when that was done before.
 setup() {
     local venv=$1 requirements=$2 python stamp
-    stamp="$venv/$requirements.stamp"
-    cat requirements*.txt | cmp -s - "$stamp" && return
+    stamp="$venv/${requirements//\//-}.stamp"
+    if "$venv/bin/python" -c "" 2>/dev/null; then
+        cat requirements.txt "$requirements" | cmp -s - "$stamp" && return
+    fi
     for python in python3 python3.14 python3.13 python3.12 python3.11 ""; do
         [ -n "$python" ] || { echo "run.sh: Python 3.11 or newer is needed" >&2; exit 1; }
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
     done
     echo "run.sh: installing $requirements into $venv (minutes, once)" >&2
-    # Expanded now: when the trap runs, the function's variables are gone. A venv that worked stays.
-    if [ -e "$venv/bin/python" ]; then
+    # The variables are expanded now: when a trap runs, those of the function are gone.
+    if [ -e "$venv" ]; then # it may have worked: never removed
         trap "echo 'run.sh: installing $requirements into $venv failed, see above' >&2" EXIT
     else
         trap "rm -rf '$venv'; echo 'run.sh: setting up $venv failed, see above; removed it' >&2" EXIT
+    fi
+    if ! "$venv/bin/python" -c "" 2>/dev/null; then
+        rm -f "$venv"/bin/python "$venv"/bin/python3* # links to a Python that is gone
         "$python" -m venv "$venv"
     fi
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$requirements"
-    cat requirements*.txt >"$stamp"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    cat requirements.txt "$requirements" >"$stamp"
     trap - EXIT
 }
 
@@ -86,7 +92,7 @@ ablation_runs() {
 
 case "${1-}" in
 test)
-    setup .venv requirements-dev.txt
+    setup .venv tests/requirements.txt
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/python -m pytest "${@:2}"
@@ -96,7 +102,7 @@ reproduce)
         [ ! -e $folder ] || { echo "run.sh: $folder exists; move it away first" >&2; exit 2; }
     done
     setup .venv requirements.txt
-    setup .venv-bench requirements-bench.txt
+    setup .venv-bench experiments/requirements.txt
     export OMP_NUM_THREADS=1 # two runs side by side
     learning_runs | xargs -P 2 -I{} sh -c '.venv/bin/python {} --run-dir runs/learning'
     reference_runs | xargs -P 2 -I{} sh -c '.venv-bench/bin/python {} --run-dir runs/learning'
@@ -112,11 +118,15 @@ reproduce)
     .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
     .venv/bin/python experiments/plot.py draw --results experiments/results
     .venv/bin/python memory.py --plot experiments/results/memory.png
-    .venv/bin/python experiments/speed.py --cores 2 --steps-sac 2000 --rollouts 5 --rounds 3
-    .venv/bin/python experiments/speed.py --cores 1 --steps-sac 2000 --rollouts 5 --rounds 2 \
+    .venv/bin/python experiments/speed.py --cores 2 --rounds 3
+    .venv/bin/python experiments/speed.py --cores 1 --rounds 2 \
         --cells {sac,ppo}-64-{Walker2d,Humanoid}-v3 --variants SB3 SBX float64 rounded floor \
         --out experiments/results/speed_one_core.csv
     .venv/bin/python experiments/scaling.py --rounds 2
+    ;;
+experiments/peers.py)
+    setup .venv-bench experiments/requirements.txt
+    exec .venv-bench/bin/python "$@"
     ;;
 "")
     setup .venv requirements.txt

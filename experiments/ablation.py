@@ -12,15 +12,12 @@ the same algorithm, task and steps, from experiments/results as well.
 """
 
 import argparse
-import contextlib
 import csv
-import io
-import multiprocessing
+import json
 import sys
 import tempfile
 import zipfile
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -29,17 +26,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from plot import RUNS, RUNS_NUMBERS, Parser, cell, optional, read_csv
-from speed import PPO_ROLLOUT, ratio
-
-import envs
 import sac
-from quantize import STORAGE_DTYPES, Codec, make_codec
+from buffers import ReplayBuffer
+from plot import RUNS, RUNS_NUMBERS, Parser, cell, optional, read_csv
+from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed
+from speed import PPO_ROLLOUT, child, ratio
+from support import envs
+from support.networks import Actor
 
 STATES, RESULTS = Path("runs/states"), Path("experiments/results")
-STORAGES = {name: {"storage": name} for name in STORAGE_DTYPES}  # plot.py's method: flags
-STORAGES |= {f"m={m}": {"quant_m": m} for m in range(4)}
-STORAGES |= {f"m={m} packed": {"quant_m": m, "pack": True} for m in range(4)}
+# plot.py's method: codec, flags of sac.py
+STORAGES = {name: (Float(dtype), ["--storage", name]) for name, dtype in STORAGE_DTYPES.items()}
+STORAGES |= {f"m={m}": (FixedPoint(m), ["--quant-m", str(m)]) for m in range(4)}
+STORAGES |= {f"m={m} packed": (Packed(m), ["--quant-m", str(m), "--pack"]) for m in range(4)}
 ARRAYS = ["obs", "action", "reward", "next_obs", "terminated", "first", "visited"]
 SHOWN = {  # column of errors.csv: its head and format in the table
     "bits": ("bits", ".0f"),
@@ -76,14 +75,14 @@ seeds (each seed)."""
 # --- States --------------------------------------------------------------------------------------
 
 
-def stored(buffer: sac.ReplayBuffer) -> dict[str, np.ndarray]:
+def stored(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
     """Transitions of one env's float64 ring that has not come round, oldest first.
 
     Returns:
         obs, next_obs (N, n) float64, action (N, k), reward (N,) float32, terminated (N,) bool, and
         first (N,) bool: obs is the first of its episode.
     """
-    rows = np.flatnonzero(buffer.is_start)
+    rows = np.flatnonzero(buffer.is_start.numpy())
     obs = buffer.obs.array.numpy()
     return {
         "obs": obs[rows],
@@ -96,7 +95,7 @@ def stored(buffer: sac.ReplayBuffer) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def visit(actor: sac.MLP, env_id: str, count: int, seed: int) -> np.ndarray:
+def visit(actor: Actor, env_id: str, count: int, seed: int) -> np.ndarray:
     """(count, n) float64: what the policy sees while it acts, stochastically as in training."""
     env = envs.make(env_id)
     low, high = env.action_space.low, env.action_space.high
@@ -105,9 +104,8 @@ def visit(actor: sac.MLP, env_id: str, count: int, seed: int) -> np.ndarray:
     visited = np.empty((count, len(obs)), np.float64)
     for row in visited:
         row[:] = obs
-        out, _ = actor.forward(torch.from_numpy(obs)[None].to(torch.float32))
-        mean, log_std = sac.mean_and_log_std(out[0])
-        action = sac.squash(mean, log_std, torch.randn_like(mean))
+        mean, log_std = actor(torch.from_numpy(obs)[None].to(torch.float32))
+        action = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
         action = low + (action[0].numpy() + 1) / 2 * (high - low)
         obs, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
@@ -127,7 +125,6 @@ def states(args: argparse.Namespace) -> None:
             total_timesteps=args.steps,
             # An episode of T steps takes T + 1 rows: nothing is overwritten.
             buffer_size=max(sac.Args.buffer_size, 2 * args.steps),
-            device="cpu",
             eval_episodes=0,
             run_dir=str(args.out),
         )
@@ -150,11 +147,6 @@ def load(path: Path) -> dict[str, np.ndarray]:
 # --- Rounding errors and collisions --------------------------------------------------------------
 
 
-def fresh_codec(name: str) -> Codec:
-    """The codec of a storage as the scripts make it, with nothing counted yet."""
-    return make_codec(**{"quant_m": None, "quant_b": 127.0, "storage": None} | STORAGES[name])
-
-
 def restore(codec: Codec, obs: np.ndarray) -> np.ndarray:
     """s_q: (N, n) float64 observations, stored and read again, (N, n) float32."""
     rows = codec.pack(codec.encode(obs))
@@ -169,13 +161,13 @@ def rounding(codec: Codec, obs: np.ndarray) -> dict[str, float]:
     relative = np.sqrt((error**2).mean(axis=0))[varies] / obs.std(axis=0)[varies]
     return {
         "max_abs": np.abs(obs).max(),
-        "bits": codec.bits,
+        "bits": codec.bits_per_value,
         "bytes": width * dtype.itemsize,
         "rms": np.sqrt((error**2).mean()),
         "worst": np.abs(error).max(),
         "relative": np.median(relative),
         "relative_worst": relative.max(),
-        "clamped": codec.clamp.fraction,
+        "clamped": (np.abs(obs) > codec.b).mean(),
     }
 
 
@@ -249,10 +241,9 @@ def errors(args: argparse.Namespace) -> None:
         raise ValueError(f"no .npz file in {args.states}; `states` makes them")
     for path in paths:
         arrays = load(path)
-        for name in STORAGES:
+        for name, (codec, _) in STORAGES.items():
             row = {"task": path.stem, "storage": name}
-            row |= rounding(fresh_codec(name), arrays["visited"])
-            row |= collisions(fresh_codec(name), arrays)
+            row |= rounding(codec, arrays["visited"]) | collisions(codec, arrays)
             rows.append(row)
             print(f"{path.stem}, {name}: RMS {row['rms']:.2g}, colliding {row['colliding']:.2%}")
     write(args.out / "ablation/errors.csv", ERRORS, rows)
@@ -261,18 +252,13 @@ def errors(args: argparse.Namespace) -> None:
 # --- Speed ---------------------------------------------------------------------------------------
 
 
-def train(settings: dict) -> dict:
-    """The result.json of a run of SAC on the CPU, without a word."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = sac.Args(device="cpu", eval_episodes=0, run_dir=folder, **settings)
-        return sac.main(args)["result"]
-
-
-def train_afresh(settings: dict, threads: int) -> dict:
-    """`train` in a process of its own, with this many threads of torch."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as pool:
-        return pool.submit(train, settings).result()
+def train(env_id: str, steps: int, flags: list[str], cores: int) -> dict:
+    """The result.json of a run of SAC, in a process of its own. RuntimeError if it fails."""
+    command = [sys.executable, ROOT / "sac.py", "--env", env_id, "--total-timesteps", str(steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        child([*command, *flags, "--eval-episodes", "0", "--run-dir", folder], cores)
+        (path,) = Path(folder).glob("*/result.json")
+        return json.loads(path.read_text())
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -285,8 +271,7 @@ def speed(args: argparse.Namespace) -> None:
         first = (number - 1) % len(names)
         for env_id in args.env:
             for name in names[first:] + names[:first]:
-                settings = {"env": env_id, "total_timesteps": args.steps} | STORAGES[name]
-                result = train_afresh(settings, args.threads)
+                result = train(env_id, args.steps, STORAGES[name][1], args.cores)
                 row = {"round": number, "task": env_id, "storage": name}
                 rows.append(result | row | {"torch": result["versions"]["torch"]})
                 print(f"round {number}, {env_id}, {name}: {result['ms_per_step']:.3f} ms/step")
@@ -375,7 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     for run, out, numbers in (
         (states, STATES, {"steps": 100_000, "visits": 20_000, "seed": 1}),
-        (speed, RESULTS, {"rounds": 4, "steps": 1500, "threads": 1}),
+        (speed, RESULTS, {"rounds": 4, "steps": 1500, "cores": 1}),
         (errors, RESULTS, {}),
         (table, None, {}),
     ):
@@ -392,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"ablation.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

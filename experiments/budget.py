@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import memory
 from quantize import Codec, FixedPoint, Float, Packed
+from support.machine import parse_bytes
 
 STORAGES = (Packed(2), FixedPoint(2), Float())
 HUMANOID = {"obs_dim": 376, "act_dim": 17, "hidden": 64, "num_envs": 1, "batch_size": 256}
@@ -76,12 +77,12 @@ def limited(limit: int) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def run(codec: Codec, limit: int, args: argparse.Namespace) -> list:
     """Train under the limit: COLUMNS from "enforced by" on."""
-    ledger = memory.allocated_sac(codec, **HUMANOID, buffer_size=args.rows)
+    ledger = memory.allocated("sac", codec, **HUMANOID, buffer_size=args.rows)
     allocated = sum(ledger.values())
     command = [sys.executable, ROOT / "sac.py", "--env", "Humanoid-v3"]
     command += memory.codec_flags(codec).split()
     command += ["--memory-budget", str(allocated), "--total-timesteps", str(args.steps)]
-    command += ["--device", "cpu", "--eval-episodes", "0", "--run-name", "run"]
+    command += ["--eval-episodes", "0", "--run-name", "run"]
     options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
     with limited(limit) as (enforced_by, come_under), tempfile.TemporaryDirectory() as folder:
         command += ["--run-dir", folder]
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = [COLUMNS]
     try:
-        limit = memory.parse_bytes(args.limit)
+        limit = parse_bytes(args.limit)
         open(args.out, "a").close()  # fail now rather than after the runs
         for codec in STORAGES:
             rows.append([codec.name, limit, *run(codec, limit, args)])

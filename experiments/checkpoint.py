@@ -3,9 +3,10 @@
     python experiments/checkpoint.py                  # m = 2, packed and as int16
     python experiments/checkpoint.py --rows 10000
 
-One process saves what `sac.py` saves, a fresh one loads it. Memory is by how much the anonymous
-resident memory grows meanwhile, at its peak. Every page of the buffer is resident before, so at
-loading, too, a copy of it would show in full; pages of the file that is read are not anonymous.
+One process saves buffer, networks and Adam, as `sac.py` does, a fresh one loads them. Memory is by
+how much the anonymous resident memory grows meanwhile, at its peak. Every page of the buffer is
+resident before, so at loading, too, a copy of it would show in full; pages of the file that is read
+are not anonymous.
 """
 
 import argparse
@@ -26,14 +27,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import runs
-import sac
-from buffers import PER_ROW, ReplayBuffer
-from envs import make_vector
-from networks import MLP, Adam
+from buffers import ReplayBuffer
 from quantize import Codec, FixedPoint, Packed
+from support import checkpoints, runs
+from support.networks import Actor, Critic, flatten
 
 STORAGES = (Packed(2), FixedPoint(2))
+HUMANOID = {"obs_dim": 376, "act_dim": 17}
 CHUNK = 1 << 20  # bytes
 
 
@@ -61,54 +61,58 @@ def measure(call: Callable[[], None]) -> tuple[float, int]:
     return seconds, max([*seen, anonymous()]) - before
 
 
-def fresh(codec: Codec, rows: int) -> tuple[dict, list[np.ndarray], dict]:
-    """As in `sac.py`: parts with `state` and `load`, the buffer's arrays as bytes, other state."""
-    envs, device, hidden = make_vector("Humanoid-v3", 1), torch.device("cpu"), (64, 64)
-    envs.reset(seed=0)
-    (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    actor = MLP(sac.uniform(1, obs_dim, *hidden, 2 * act_dim), "relu")
-    critic = MLP(sac.uniform(2, obs_dim + act_dim, *hidden, 1), "relu")
-    critic_adam = Adam(critic.tensors, 0)
-    buffer = ReplayBuffer(codec, rows, 1, obs_dim, act_dim, device, seed=0)
-    parts = {"actor": Adam([*actor.tensors, torch.zeros(())], 0), "critic": critic_adam}
-    parts["buffer"] = buffer
-    others = {"target": critic_adam.params.clone(), "clamp": codec.clamp.state()}
-    others |= {"envs": envs.episodes(), "rng": runs.rng_state(device, envs.action_space)}
-    arrays = [buffer.obs.array, *(torch.as_tensor(getattr(buffer, name)) for name in PER_ROW)]
-    return parts, [array.view(-1).view(torch.uint8).numpy() for array in arrays], others
+def make_parts(codec: Codec, rows: int) -> dict:
+    """What `sac.py` saves, but for the counters and the random generators."""
+    critic, target = (Critic(**HUMANOID, hidden=64) for _ in range(2))
+    actor = flatten(Actor(**HUMANOID, hidden=64))
+    adam = torch.optim.Adam([actor, parameters := flatten(critic)])
+    actor.grad, parameters.grad = torch.ones_like(actor), torch.ones_like(parameters)
+    adam.step()  # only now it has moments
+    buffer = ReplayBuffer(
+        codec, rows, 1, **HUMANOID, device=torch.device("cpu"), seed=0
+    )  # fmt: skip
+    return {"buffer": buffer, "actor": actor, "critic": critic, "target": target, "adam": adam}
+
+
+def rows_of(buffer: ReplayBuffer) -> list[np.ndarray]:
+    """The bytes of the buffer's arrays, (N,) uint8 each."""
+    arrays = buffer.obs.array, buffer.actions, buffer.rewards, buffer.terminated, buffer.is_start
+    return [array.view(-1).view(torch.uint8).numpy() for array in arrays]
 
 
 def save(codec: Codec, rows: int, path: Path) -> tuple[dict, list[int]]:
     """In a process of its own: fill a buffer, save it. Returns figures and the rows' CRC-32."""
-    parts, arrays, others = fresh(codec, rows)
-    buffer, rng = parts["buffer"], np.random.default_rng(0)
-    for array, most in zip(arrays, (256, 256, 256, 2, 2), strict=True):  # two are of bools
+    parts, rng = make_parts(codec, rows), np.random.default_rng(0)
+    buffer = parts["buffer"]
+    for array, most in zip(rows_of(buffer), (256, 256, 256, 2, 2), strict=True):  # two are of bools
         for start in range(0, len(array), CHUNK):
             part = array[start : start + CHUNK]
             part[:] = rng.integers(most, size=len(part), dtype=np.uint8)
-    buffer.head[:], buffer.fill[:] = buffer.rows - 1, buffer.rows
+    buffer.head[0], buffer.fill[0] = buffer.ring - 1, buffer.ring
     buffer.size = int(np.count_nonzero(buffer.is_start))
     seconds, grown = measure(
-        lambda: runs.save(path, {key: part.state() for key, part in parts.items()} | others)
+        lambda: checkpoints.save(
+            path, {name: checkpoints.state_of(part) for name, part in parts.items()}
+        )
     )
     figures = {"bytes": path.stat().st_size, "bytes of the buffer": buffer.nbytes}
     figures |= {"save s": f"{seconds:.2f}", "growth at saving": grown}
-    return figures, [zlib.crc32(array) for array in arrays]
+    return figures, [zlib.crc32(array) for array in rows_of(buffer)]
 
 
 def load(codec: Codec, rows: int, path: Path) -> tuple[dict, list[int]]:
     """In a process of its own: verify that file and copy it into an empty buffer; as `save`."""
-    parts, arrays, _ = fresh(codec, rows)
+    parts = make_parts(codec, rows)
     parts["buffer"].touch()
 
     def resume() -> None:
-        saved = runs.load(path)
-        for key, part in parts.items():
-            part.load(saved[key])
+        saved = checkpoints.load(path)
+        for name, part in parts.items():
+            checkpoints.restore(part, saved[name])
 
     seconds, grown = measure(resume)
     figures = {"load s": f"{seconds:.2f}", "growth at loading": grown}
-    return figures, [zlib.crc32(array) for array in arrays]
+    return figures, [zlib.crc32(array) for array in rows_of(parts["buffer"])]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,7 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the buffer")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/checkpoint.csv")
     args, lines = parser.parse_args(argv), []
-    versions = " ".join(f"{name} {version}" for name, version in runs.VERSIONS.items())
+    about = runs.provenance()
+    versions = " ".join(f"{name} {version}" for name, version in about["versions"].items())
     for codec in STORAGES:
         line = {"storage": codec.name, "rows": args.rows}
         with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
                 line |= figures
                 crcs.append(crc)
         assert crcs[0] == crcs[1], "what was loaded is not what was saved"
-        lines.append(line | {"versions": versions, "machine": runs.provenance()["machine"]})
+        lines.append(line | {"versions": versions, "machine": about["machine"]})
         print(", ".join(f"{name}: {value}" for name, value in lines[-1].items()), flush=True)
     with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, lines[0], lineterminator="\n")

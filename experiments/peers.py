@@ -1,13 +1,13 @@
-"""Stable-Baselines3 and SBX on `envs.py`'s tasks, in float64: what ours is held against.
+"""Stable-Baselines3 and SBX on the tasks of support/envs.py, in float64: what ours is held against.
 
-    python experiments/peers.py --lib sb3 --algo sac --env Walker2d-v3 --total-timesteps 100000
+    ./run.sh experiments/peers.py --lib sb3 --algo sac --env Walker2d-v3 --total-timesteps 100000
 
-Runs in a virtual environment of its own (`requirements-bench.txt`; `run.sh reproduce` makes it,
-and so does `speed.py`). Both libraries' defaults are the paper's Table II, as ours are; given are
-only the networks, two hidden layers of --hidden each. Writes `charts/episodic_return` as our
-scripts do, so that `plot.py` reads both the same way, and `charts/SPS` where they do, for
-`speed.py`. What still differs from ours: both take statistics of every minibatch, ours of the last
-one; SBX's PPO clips the gradients of policy and value function apart and starts from other weights.
+Runs in a virtual environment of its own, .venv-bench, which run.sh makes. Both libraries' defaults
+are the paper's Table II, as ours are; given are only the networks, two hidden layers of --hidden
+each. Writes `charts/episodic_return` as our scripts do, so that `plot.py` reads both the same way,
+and `charts/SPS` where they do, for `speed.py`. What still differs from ours: both take statistics
+of every minibatch, ours of the last one; SBX's PPO clips the gradients of policy and value function
+apart and starts from other weights.
 """
 
 import argparse
@@ -17,13 +17,17 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.monitor import Monitor
+try:
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.monitor import Monitor
+except ModuleNotFoundError as error:
+    print(f"peers.py: error: {error}; ./run.sh experiments/peers.py installs it", file=sys.stderr)
+    sys.exit(2)
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import envs
+from support import envs
 
 LIBRARIES = {  # --lib: module, packages whose versions are printed
     "sb3": ("stable_baselines3", ("stable-baselines3", "torch")),

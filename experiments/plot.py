@@ -74,7 +74,8 @@ def read_ours(path: Path) -> tuple[dict, dict]:
     args, evaluation = result["args"], result["evaluation"]
     row = result | result["versions"] | {"env": args["env"], "seed": args["seed"]}
     row["method"] = result["storage"] if args["quant_m"] is None else f"m={args['quant_m']}"
-    row["method"] += " packed" * args.get("pack", False)
+    if args.get("pack"):
+        row["method"] += " packed"
     row |= {"steps": result["global_step"], "eval_episodes": len(evaluation)}
     if evaluation:
         row |= {"eval_mean": np.mean(evaluation), "eval_std": np.std(evaluation)}
@@ -237,7 +238,7 @@ def draw(args: argparse.Namespace) -> None:
         labels = []
         for method in lines:
             seeds = " or ".join(map(str, sorted(counts[method])))
-            labels.append(f"{STYLES[method][0]}, {seeds} seed{'s' * (seeds != '1')}")
+            labels.append(f"{STYLES[method][0]}, seeds: {seeds}")
         where = {"loc": "outside upper center", "ncols": 3, "frameon": False}
         figure.legend(list(lines.values()), labels, **where)
         figure.axes[0].set_ylabel("episodic return (sum of rewards)", fontsize=11)

@@ -21,16 +21,18 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
 from plot import read_csv
 from speed import DECIMALS, PPO_ROLLOUT, ROOT, Parser, cpu, markdown, train, write_csv
 
 sys.path.insert(0, str(ROOT))
-from buffers import ReplayBuffer, layout_bytes, replay_layout
-from memory import free_memory
+from buffers import ReplayBuffer
 from quantize import FixedPoint, Float, Packed
+from support.machine import free_memory
 
 STORAGES = {"float64": Float(), "int16, m=2": FixedPoint(2), "packed, m=2": Packed(2)}
-HUMANOID, ACT_DIM, BATCH = 376, 17, 256
+HUMANOID, ACT_DIM, BATCH, SAMPLES = 376, 17, 256, 1000
+SAC_STEPS, PPO_ROLLOUTS = 4000, 3  # of each training
 PANELS = {  # panel: what grows, its values
     "rows": (f"rows, {HUMANOID} columns", [10**4, 10**5, 10**6, 10**7]),
     "columns": ("columns, 100,000 rows", [17, 111, 376, 1000, 4000]),
@@ -43,50 +45,54 @@ COLORS |= {"SAC, m=2": "#1667c4", "PPO, m=1": "#e07b00"}
 BLOCK = 1000  # different rows, again and again: what they hold does not change the time
 
 
+def make_buffer(storage: str, rows: int, obs_dim: int, device: str) -> ReplayBuffer:
+    codec = STORAGES[storage]
+    return ReplayBuffer(codec, rows, 1, obs_dim, ACT_DIM, torch.device(device), seed=1)
+
+
 def filled_buffer(storage: str, rows: int, obs_dim: int) -> ReplayBuffer:
     """As `rows` calls of `add` leave it within one episode: every page resident."""
-    codec = STORAGES[storage]
-    buffer = ReplayBuffer(codec, rows, 1, obs_dim, ACT_DIM, torch.device("cpu"), seed=1)
+    buffer, codec = make_buffer(storage, rows, obs_dim, "cpu"), STORAGES[storage]
     obs = np.random.default_rng(1).uniform(-10, 10, (BLOCK, obs_dim))
     block = codec.pack(codec.encode(obs))
     for part in buffer.obs.array.split(BLOCK):
         part[:] = block[: len(part)]
     buffer.actions[:], buffer.rewards[:], buffer.terminated[:] = 1, 1, False
     buffer.is_start[:-1] = True
-    buffer.head[:], buffer.fill[:], buffer.size = buffer.rows - 1, buffer.rows, buffer.rows - 1
+    buffer.head[0], buffer.fill[0], buffer.size = buffer.ring - 1, buffer.ring, buffer.ring - 1
     return buffer
 
 
-def time_sample(buffer: ReplayBuffer, samples: int) -> float:
+def time_sample(buffer: ReplayBuffer) -> float:
     """Median microseconds of a call."""
     took = []
-    for _ in range(samples):
+    for _ in range(SAMPLES):
         start = time.perf_counter()
         buffer.sample(BATCH)
         took.append(time.perf_counter() - start)
     return 1e6 * median(took)
 
 
-def time_loop(algo: str, num_envs: int, args: argparse.Namespace) -> float:
+def time_loop(algo: str, num_envs: int, cores: int) -> float:
     """Milliseconds per transition, from the first to the last event of `charts/SPS`."""
-    steps = args.steps_sac if algo == "sac" else args.rollouts * PPO_ROLLOUT * num_envs
+    steps = SAC_STEPS if algo == "sac" else PPO_ROLLOUTS * PPO_ROLLOUT * num_envs
     command = [sys.executable, ROOT / f"{algo}.py", "--env", "Walker2d-v3", "--device", "cpu"]
     command += ["--quant-m", DECIMALS[algo], "--num-envs", str(num_envs), "--eval-episodes", "0"]
-    marks, _ = train([*command, "--total-timesteps", str(steps)], args.cores)
+    marks, _ = train([*command, "--total-timesteps", str(steps)], cores)
     first, last = min(marks), max(marks)
     return 1000 * (marks[last] - marks[first]) / (last - first)
 
 
-def measure(panel: str, x: int, series: str, args: argparse.Namespace) -> dict | None:
-    """Columns of scaling.csv; None for a buffer that is left out."""
+def measure(panel: str, x: int, series: str, cores: int) -> dict | None:
+    """Columns of scaling.csv; None for a buffer that does not fit into free memory."""
     if panel == "envs":
-        return {"unit": "ms per transition", "time": f"{time_loop(LOOPS[series], x, args):.4f}"}
+        return {"unit": "ms per transition", "time": f"{time_loop(LOOPS[series], x, cores):.4f}"}
     rows, obs_dim = (x, HUMANOID) if panel == "rows" else (100_000, x)
-    size = layout_bytes(replay_layout(STORAGES[series], rows, 1, obs_dim, ACT_DIM))
-    if size > min(args.memory, 0.9 * free_memory(torch.device("cpu"))):
-        print(f"left out, {size / 1e9:.1f} GB are more than --memory or than is free")
+    size = make_buffer(series, rows, obs_dim, "meta").nbytes
+    if size > 0.9 * free_memory(torch.device("cpu")):
+        print(f"left out, {size / 1e9:.1f} GB are more than is free")
         return None
-    us = time_sample(filled_buffer(series, rows, obs_dim), args.samples)
+    us = time_sample(filled_buffer(series, rows, obs_dim))
     return {"unit": f"us per sample({BATCH})", "time": f"{us:.2f}", "bytes": size}
 
 
@@ -102,7 +108,7 @@ def run_rounds(args: argparse.Namespace) -> None:
             for x in PANELS[panel][1]:
                 for series in names[first:] + names[:first]:
                     print(f"round {number}, {x:,} {panel}, {series}: ", end="", flush=True)
-                    if found := measure(panel, x, series, args):
+                    if found := measure(panel, x, series, args.cores):
                         print(f"{found['time']} {found['unit']}")
                         row = {"round": number, "panel": panel, "x": x, "series": series}
                         rows.append(row | found | machine)
@@ -167,8 +173,8 @@ def draw_panel(axes: Axes, panel: str, lines: dict[str, dict[int, tuple[float, i
     if right:
         right.set_yscale("log")
         right.set_ylabel("bytes of the buffer, dotted")
-    place = {"rows": "lower right", "columns": "upper left", "envs": "center right"}[panel]
-    axes.legend(frameon=False, loc=place)
+    corner = {"rows": "lower right", "columns": "upper left", "envs": "center right"}[panel]
+    axes.legend(frameon=False, loc=corner)
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
@@ -190,18 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--panels", nargs="+", choices=PANELS, default=[*PANELS], metavar="PANEL")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=1000, help="of each buffer and round")
-    parser.add_argument("--memory", type=float, default=12e9, help="bytes of the largest buffer")
-    parser.add_argument("--steps-sac", type=int, default=4000, help="of each run")
-    parser.add_argument("--rollouts", type=int, default=3, help="of each run of PPO")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/scaling.csv")
     parser.add_argument("--draw", action="store_true", help="measure nothing, read --out")
     args = parser.parse_args(argv)
     most = len(os.sched_getaffinity(0))
-    if min(args.rounds, args.samples) < 1 or not 1 <= args.cores <= most:
-        parser.error(f"--rounds and --samples must be at least 1, --cores from 1 to {most}")
-    if args.steps_sac < 3000 or args.rollouts < 2:
-        parser.error("--steps-sac must be at least 3000, --rollouts 2: the first are warm-up")
+    if args.rounds < 1 or not 1 <= args.cores <= most:
+        parser.error(f"--rounds must be at least 1, --cores from 1 to {most}")
     try:
         if not args.draw:
             args.out.parent.mkdir(parents=True, exist_ok=True)

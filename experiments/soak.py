@@ -25,13 +25,16 @@ import gymnasium as gym
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+
+from checkpoint import anonymous
 from plot import read_csv
 from speed import ROOT, Parser, cpu, markdown
 
 sys.path.insert(0, str(ROOT))
 import sac
+from support.machine import resident
 
-SETTINGS = {"quant_m": 2, "buffer_size": 10_000, "batch_size": 32, "hidden": 32, "device": "cpu"}
+SETTINGS = {"quant_m": 2, "buffer_size": 10_000, "batch_size": 32, "hidden": 32}
 SETTINGS |= {"checkpoint_every": 100_000, "eval_episodes": 0}
 MEASURED = ["step", "wall_seconds", "cpu_seconds", "pieces_seconds", "pieces"]
 MEASURED += ["rss_bytes", "rss_anon_bytes", "file_handles"]
@@ -89,15 +92,9 @@ class Sampler:
             now = time.perf_counter(), time.process_time()
             seconds = [t - start for t, start in zip(now, self.start, strict=True)]
             row = [self.step, *(f"{t:.4f}" for t in (*seconds, self.pieces_seconds)), self.pieces]
-            self.writer.writerow([*row, *resident(), file_handles(), *self.about])
+            row += [resident(), anonymous(), file_handles()]
+            self.writer.writerow(row + self.about)
             self.file.flush()
-
-
-def resident() -> tuple[int, int]:
-    """Bytes of this process in memory now: whole, and without pages of files."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    whole, anonymous = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "RssAnon"))
-    return whole, anonymous
 
 
 def file_handles() -> int:
@@ -228,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not args.draw:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            resident()  # fail now where there is no /proc
+            anonymous()  # fail now where there is no /proc
             train(args)
         report(data := read(args.out))
         draw(data, chart := args.out.with_suffix(".png"))

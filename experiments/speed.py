@@ -3,15 +3,16 @@
     python experiments/speed.py           # about an hour: tables, results/speed.csv and speed.png
     python experiments/speed.py --draw    # tables and chart again, from speed.csv alone
     python experiments/speed.py --rounds 1 --cells ppo-64-Walker2d-v3 --out speed.csv
+    python experiments/speed.py --against ../before    # and another checkout, as variant `before`
 
 Every measurement is a process of its own on --cores cores of the CPU. What counts are the same
 steps for all: of SAC those after the 1,000th, of PPO the whole rollouts with their updates after
 the first, so that imports, set-up and SBX's compiling are over (`s to window` tells how long all
-that took). A round runs each cell's variants in turn: float64 and rounded one after the other,
-which of them first alternates, and the others in an order that moves on by one from round to
+that took). A round runs each cell's variants in turn: float64, rounded and before one after the
+other, in an order that alternates, and the others in an order that moves on by one from round to
 round. Machines drift, so ratios are formed within a round and their median is taken. The floor
-is the time of `env.step` alone plus that of the bare matrix products of acting and learning.
-Wants an idle machine; the peers get a virtual environment of their own, .venv-bench.
+is what floor.py measures. Wants an idle machine. `./run.sh experiments/peers.py --help` installs
+Stable-Baselines3 and SBX, into .venv-bench.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import csv
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,126 +31,38 @@ from statistics import median
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from plot import Parser, optional, read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from plot import Parser, optional, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import envs
+from support import envs
 
-PPO_ROLLOUT, PPO_BATCH, PPO_EPOCHS, SAC_BATCH = 2048, 64, 10, 256  # defaults of all three
-CELLS = {  # algo-hidden-task: most ms per step that we aim for
-    "sac-64-Walker2d-v3": 1.0,
-    "sac-64-Humanoid-v3": 2.4,
-    "sac-256-Walker2d-v3": 4.5,
-    "sac-256-Humanoid-v3": 9.0,
-    "ppo-64-Walker2d-v3": 0.22,
-    "ppo-64-Humanoid-v3": 0.40,
-}
+PPO_ROLLOUT = 2048  # steps between two updates of PPO, by default in all three
+CELLS = [  # algo-hidden-task
+    "sac-64-Walker2d-v3",
+    "sac-64-Humanoid-v3",
+    "sac-256-Walker2d-v3",
+    "sac-256-Humanoid-v3",
+    "ppo-64-Walker2d-v3",
+    "ppo-64-Humanoid-v3",
+]
 TABLE_I = [f"{algo}-64-{task}" for algo in ("sac", "ppo") for task in envs.V3_TASKS]  # the paper's
-TABLE_I_GOAL = 1.02  # rounded / float64, in the median of the eight cells
-CELL_GOALS = {"sac-64-Humanoid-v3": 0.999}  # "below 1.00"
 DECIMALS = {"sac": "2", "ppo": "1"}  # the paper's m
 PEERS = ["SB3", "SBX"]
-OURS = ["float64", "rounded", "packed"]
+OURS = ["float64", "rounded", "before", "packed"]
 VARIANTS = [*PEERS, *OURS, "floor"]
-RATIOS = {"float64": None, "SB3": 0.5, "faster peer": 0.75, "floor": 2.0}  # of ours to it, at most
+OTHERS = ["float64", "SB3", "faster peer", "floor"]  # what the first table divides by
 COLUMNS = ["round", "cell", "hidden", "variant", "ms_per_step", "seconds_to_window", "cores"]
 COLUMNS += ["versions", "cpu", "failed"]
-BENCH = ROOT / ".venv-bench"
+PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
 COLORS = {"SB3": "#e07b00", "SBX": "#f2b766", "float64": "black", "rounded": "#1667c4"}
-COLORS |= {"packed": "#7fb0e6", "floor": "0.75"}
-
-
-# --- The floor -----------------------------------------------------------------------------------
-
-Shape = tuple[int, int, int, int]  # count, rows, inner, cols: count x (rows, inner) @ (inner, cols)
-
-
-def forward(count: int, batch: int, inputs: int, hidden: int, outputs: int) -> list[Shape]:
-    """Products of `count` networks with two hidden layers."""
-    sizes = (inputs, hidden), (hidden, hidden), (hidden, outputs)
-    return [(count, batch, *size) for size in sizes]
-
-
-def products(algo: str, obs_dim: int, act_dim: int, hidden: int, batch: int) -> list[Shape]:
-    """The matrix products of one update, in their order."""
-
-    def weights(count: int, inputs: int, outputs: int) -> list[Shape]:
-        sizes = (hidden, outputs), (hidden, hidden), (inputs, hidden)
-        return [(count, rows, batch, cols) for rows, cols in sizes]
-
-    def hiddens(count: int, outputs: int) -> list[Shape]:
-        return [(count, batch, outputs, hidden), (count, batch, hidden, hidden)]
-
-    if algo == "ppo":
-        return [
-            *forward(1, batch, obs_dim, hidden, act_dim),  # policy,
-            *forward(1, batch, obs_dim, hidden, 1),  # value function,
-            *hiddens(1, act_dim),  # and back through both; nobody asks for the inputs' gradient
-            *weights(1, obs_dim, act_dim),
-            *hiddens(1, 1),
-            *weights(1, obs_dim, 1),
-        ]
-    pair = obs_dim + act_dim
-    return [
-        *forward(1, 2 * batch, obs_dim, hidden, 2 * act_dim),  # actor, on s and s' at once
-        *forward(2, batch, pair, hidden, 1),  # target critics
-        *forward(2, batch, pair, hidden, 1),  # critics,
-        *hiddens(2, 1),  # and back through them
-        *weights(2, pair, 1),
-        *forward(2, batch, pair, hidden, 1),  # critics on the actor's own actions,
-        *hiddens(2, 1),  # and back through them, to these actions only
-        (2, batch, hidden, act_dim),
-        *hiddens(1, 2 * act_dim),  # back through the actor, on s
-        *weights(1, obs_dim, 2 * act_dim),
-    ]
-
-
-@torch.inference_mode()
-def time_products(shapes: list[Shape], repeats: int = 300) -> float:
-    """Median seconds for all products, one after the other, into results that are there before."""
-    calls = []
-    for count, rows, inner, cols in shapes:
-        a, b = torch.randn(count, rows, inner), torch.randn(count, inner, cols)
-        out = torch.empty(count, rows, cols)
-        if inner == 1:  # an outer product is no matrix product's work
-            calls.append((torch.mul, a, b, out))
-        elif count > 1 and cols > 1:
-            calls.append((torch.bmm, a, b, out))
-        else:  # two products with one column are faster one by one than batched
-            calls += [(torch.mm, *each) for each in zip(a, b, out, strict=True)]
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for multiply, a, b, out in calls:
-            multiply(a, b, out=out)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
-
-
-def floor(cell: str, steps: int = 1000) -> float:
-    """Milliseconds per step of `env.step` (its median) and of the matrix products alone."""
-    algo, hidden, env_id = cell.split("-", 2)
-    env, hidden = envs.make(env_id), int(hidden)
-    (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
-    env.action_space.seed(1)
-    env.reset(seed=1)
-    seconds = []
-    for _ in range(steps):
-        action = env.action_space.sample()
-        start = time.perf_counter()
-        _, _, terminated, truncated, _ = env.step(action)
-        seconds.append(time.perf_counter() - start)
-        if terminated or truncated:
-            env.reset()
-    if algo == "sac":
-        outputs, batch, updates_per_step = [2 * act_dim], SAC_BATCH, 1
-    else:
-        outputs, batch, updates_per_step = [act_dim, 1], PPO_BATCH, PPO_EPOCHS / PPO_BATCH
-    acting = [shape for count in outputs for shape in forward(1, 1, obs_dim, hidden, count)]
-    update = time_products(products(algo, obs_dim, act_dim, hidden, batch))
-    return 1000 * (median(seconds) + time_products(acting) + updates_per_step * update)
+COLORS |= {"before": "#d1495b", "packed": "#7fb0e6", "floor": "0.75"}
+# What the ratios are meant to be at most: each cell's, by its hidden units, and their median.
+GOALS = {"SB3": {"64": 0.5}, "faster peer": {"64": 1.0, "256": 1.0}}
+BEFORE_GOALS = {"cell": 1.12, "median": 1.05}
+TABLE_I_GOALS = {"cell": None, "median": 1.02}
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -199,37 +111,54 @@ def train(command: list, cores: int) -> tuple[dict[int, float], str]:
     return {event.step: event.wall_time - start for event in speeds}, said
 
 
-def window(cell: str, args: argparse.Namespace) -> tuple[int, int]:
+def window(cell: str) -> tuple[int, int]:
     """The steps between which time is taken; training ends with the second."""
     algo, hidden, _ = cell.split("-", 2)
     if algo == "ppo":
-        return PPO_ROLLOUT, args.rollouts * PPO_ROLLOUT
-    return 1000, args.steps_sac or (3000 if hidden == "64" else 2000)
+        return PPO_ROLLOUT, 8 * PPO_ROLLOUT
+    return 1000, 3000 if hidden == "64" else 2000
 
 
-def measure(cell: str, variant: str, args: argparse.Namespace) -> dict[str, str]:
-    """Columns of speed.csv from one process. Raises RuntimeError with one line if it fails."""
+def commit(checkout: Path) -> str:
+    """The version that git knows a folder by, or the folder's name."""
+    describe = ["git", "-C", checkout, "describe", "--always", "--dirty", "--exclude", "*"]
+    run = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or checkout.name
+
+
+def command_of(cell: str, variant: str, against: Path | None) -> list:
+    """The training that is timed."""
     algo, hidden, env_id = cell.split("-", 2)
+    if variant in PEERS:
+        if not PEERS_PYTHON.exists():
+            raise RuntimeError("not installed; `./run.sh experiments/peers.py --help` does that")
+        peers = ROOT / "experiments/peers.py"
+        command = [PEERS_PYTHON, peers, "--lib", variant.lower(), "--algo", algo]
+    else:
+        root = against if variant == "before" else ROOT
+        command = [sys.executable, root / f"{algo}.py", "--device", "cpu", "--eval-episodes", "0"]
+        if variant != "float64":
+            command += ["--quant-m", DECIMALS[algo]]
+        if variant == "packed":
+            command += ["--pack"]
+    _, last = window(cell)
+    return [*command, "--env", env_id, "--hidden", hidden, "--total-timesteps", str(last)]
+
+
+def measure(cell: str, variant: str, cores: int, against: Path | None) -> dict[str, str]:
+    """Columns of speed.csv from one process. Raises RuntimeError with one line if it fails."""
     versions = f"torch {torch.__version__}"
     if variant == "floor":
-        ms = float(child([sys.executable, __file__, "--floor", cell], args.cores))
+        ms = float(child([sys.executable, ROOT / "experiments/floor.py", cell], cores))
         return {"ms_per_step": f"{ms:.4f}", "versions": versions}
-    first, last = window(cell, args)
-    if variant in PEERS:
-        if args.no_peers:
-            raise RuntimeError(args.no_peers)
-        command = [args.bench_python, ROOT / "experiments/peers.py", "--lib", variant.lower()]
-        command += ["--algo", algo]
-    else:
-        command = [sys.executable, ROOT / f"{algo}.py", "--device", "cpu", "--eval-episodes", "0"]
-        command += ["--quant-m", DECIMALS[algo]] if variant != "float64" else []
-        command += ["--pack"] if variant == "packed" else []
-    command += ["--env", env_id, "--hidden", hidden, "--total-timesteps", str(last)]
-    marks, said = train(command, args.cores)
+    marks, said = train(command_of(cell, variant, against), cores)
+    first, last = window(cell)
     if not {first, last} <= marks.keys():
         raise RuntimeError(f"charts/SPS is at steps {sorted(marks)}, not at {first} and {last}")
     if variant in PEERS:
         versions = said.splitlines()[-1]
+    elif variant == "before":
+        versions = f"{commit(against)}, {versions}"
     ms = 1000 * (marks[last] - marks[first]) / (last - first)
     to_window = f"{marks[first]:.2f}"
     return {"ms_per_step": f"{ms:.4f}", "seconds_to_window": to_window, "versions": versions}
@@ -237,30 +166,11 @@ def measure(cell: str, variant: str, args: argparse.Namespace) -> dict[str, str]
 
 def order(cell: str, number: int) -> list[str]:
     """The variants of a cell in the order of a round, which is counted from 1."""
-    pair = ["float64", "rounded"] if number % 2 else ["rounded", "float64"]
+    ours = ["float64", "rounded", "before"]
     others = [["packed"], ["SB3"], ["SBX"], ["floor"]] if cell in CELLS else []
-    groups = [pair, *others]
+    groups = [ours if number % 2 else ours[::-1], *others]
     first = (number - 1) % len(groups)
     return [variant for group in groups[first:] + groups[:first] for variant in group]
-
-
-def install_peers() -> str:
-    """Make .venv-bench. Returns why that failed, in one line, else nothing."""
-    print(f"installing Stable-Baselines3 and SBX into {BENCH} (minutes, once)", flush=True)
-    pip = [BENCH / "bin/pip", "install", "--quiet", "--disable-pip-version-check"]
-    requirements = ROOT / "requirements-bench.txt"
-    pins = [line for line in requirements.read_text().splitlines() if line.startswith("torch==")]
-    # torch by itself first: a dependency of the others must not choose another build of it.
-    commands = [sys.executable, "-m", "venv", BENCH], [*pip, *pins], [*pip, "-r", requirements]
-    try:
-        for command in commands:
-            child(command, cores=1)
-    except BaseException as error:  # an interrupt too: a half-made environment would look finished
-        shutil.rmtree(BENCH, ignore_errors=True)
-        if isinstance(error, RuntimeError):
-            return f"cannot be installed: {error}"
-        raise
-    return ""
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
@@ -273,17 +183,16 @@ def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
 def run_rounds(args: argparse.Namespace) -> None:
     """Measure, and write --out after every round."""
     machine = {"cores": args.cores, "cpu": cpu()}
-    wanted = set(PEERS) & set(args.variants) and set(CELLS) & set(args.cells)
-    args.no_peers = install_peers() if wanted and not args.bench_python.exists() else ""
+    variants = [name for name in args.variants if name != "before" or args.against]
     rows = []
     for number in range(1, args.rounds + 1):
         for cell in args.cells:
-            for variant in (name for name in order(cell, number) if name in args.variants):
+            for variant in (name for name in order(cell, number) if name in variants):
                 print(f"round {number}, {cell}, {variant}: ", end="", flush=True)
                 row = {"round": number, "cell": cell, "hidden": cell.split("-")[1]}
                 row |= {"variant": variant, **machine}
                 try:
-                    row |= measure(cell, variant, args)
+                    row |= measure(cell, variant, args.cores, args.against)
                     print(f"{row['ms_per_step']} ms per step")
                 except RuntimeError as error:
                     row["failed"] = str(error)
@@ -327,29 +236,26 @@ def interval(ratios: np.ndarray) -> tuple[float, float]:
     return tuple(np.percentile(medians, [2.5, 97.5]))
 
 
-def verdict(value: float, goal: float) -> str:
-    return "reached" if value <= goal else "missed"
-
-
-def judged(value: float | None, goal: float | None, digits: int = 2) -> str:
+def judged(value: float, goal: float | None) -> str:
     """The value, and where there is a goal what became of it."""
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" + (f" {verdict(value, goal)}" if goal else "")
+    if goal is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} {'reached' if value <= goal else 'missed'}"
 
 
 def peers_line(cell: str, variant: str, rows: list[dict[str, str]], times: Times) -> list[str]:
     """A line of the first table, from the variant's rows in that cell."""
-    mine, ours = times[cell, variant], variant in OURS
+    mine, hidden = times[cell, variant], cell.split("-")[1]
     failed = [row["failed"] for row in rows if row["failed"]]
     note = f"{len(failed)} of {len(rows)} failed: {failed[-1]}" if failed else ""
     if not mine:
-        return [cell, variant, *["-"] * (len(RATIOS) + 5), note or "not measured"]
+        return [cell, variant, *["-"] * (len(OTHERS) + 4), note or "not measured"]
     ms = median(mine.values())
     shown = [f"{x:.3f}" for x in (ms, min(mine.values()), max(mine.values()))]
-    for name, goal in RATIOS.items():
-        shown.append(judged(ratio(mine, times[cell, name]), goal if ours else None))
-    shown.append(f"{CELLS[cell]} {verdict(ms, CELLS[cell])}" if ours else "-")
+    for other in OTHERS:
+        found = ratio(mine, times[cell, other])
+        goal = GOALS.get(other, {}).get(hidden) if variant in OURS else None
+        shown.append("-" if found is None else judged(found, goal))
     waits = [float(row["seconds_to_window"]) for row in rows if row["seconds_to_window"]]
     shown.append(f"{median(waits):.1f}" if waits else "-")
     return [cell, variant, *shown, note]
@@ -357,43 +263,48 @@ def peers_line(cell: str, variant: str, rows: list[dict[str, str]], times: Times
 
 def peers_table(rows: list[dict[str, str]], times: Times) -> list[list[str]]:
     """Ours beside the peers and the floor, in those of CELLS that were run."""
-    bounds = [f"/ {name}" + f" (<= {goal})" * bool(goal) for name, goal in RATIOS.items()]
-    table = [["cell", "variant", "ms per step", "min", "max", *bounds]]
-    table[0] += ["ms to reach", "s to window", "note"]
+    table = [["cell", "variant", "ms per step", "min", "max", *(f"/ {name}" for name in OTHERS)]]
+    table[0] += ["s to window", "note"]
     for cell in CELLS:
         of_cell = [row for row in rows if row["cell"] == cell]
-        for variant in VARIANTS if of_cell else []:
+        for variant in asked(rows) if of_cell else []:
             of_variant = [row for row in of_cell if row["variant"] == variant]
             table.append(peers_line(cell, variant, of_variant, times))
     return table
 
 
-def rounding_table(times: Times) -> list[list[str]]:
-    """The paper's Table I: rounded / float64 in the cells that were measured, and their median."""
-    table = [["cell", "float64, ms", "rounded, ms", "ratio", "95% interval", "goal"]]
+def asked(rows: list[dict[str, str]]) -> list[str]:
+    """The variants that were asked for."""
+    names = {row["variant"] for row in rows}
+    return [variant for variant in VARIANTS if variant in names]
+
+
+def ratios_table(times: Times, other: str, cells: list[str], goals: dict) -> list[list[str]]:
+    """Rounded / other in the cells that were measured, and the median of all of them."""
+    table = [["cell", f"{other}, ms", "rounded, ms", "ratio", "95% interval", "goal"]]
     ratios = {}  # cell: {round: ratio}
-    for cell in TABLE_I:
-        base, rounded = times[cell, "float64"], times[cell, "rounded"]
+    for cell in cells:
+        base, rounded = times[cell, other], times[cell, "rounded"]
         if both := sorted(base.keys() & rounded.keys()):
             ratios[cell] = {number: rounded[number] / base[number] for number in both}
             shown = [f"{median(each[number] for number in both):.3f}" for each in (base, rounded)]
-            table.append([cell, *shown, *summary([ratios[cell]], CELL_GOALS.get(cell))])
+            table.append([cell, *shown, *summary([ratios[cell]], goals["cell"])])
     if ratios:
-        goal = TABLE_I_GOAL if len(ratios) == len(TABLE_I) else None
-        name = f"median of {len(ratios)} of the {len(TABLE_I)} cells"
+        goal = goals["median"] if len(ratios) == len(cells) else None
+        name = f"median of {len(ratios)} of the {len(cells)} cells"
         table.append([name, "", "", *summary([*ratios.values()], goal)])
     return table
 
 
 def summary(ratios: list[dict[str, float]], goal: float | None) -> list[str]:
-    """Columns of the second table: ratios are {round: ratio} of each cell."""
+    """Ratio, interval and goal for `ratios_table`: ratios are {round: ratio} of each cell."""
     rounds = sorted(set.intersection(*(set(each) for each in ratios)))
     middle = median(median(each.values()) for each in ratios)
     shown = "-"  # of one round there is nothing to resample
     if len(rounds) > 1:
         low, high = interval(np.array([[each[number] for number in rounds] for each in ratios]))
         shown = f"{low:.3f} to {high:.3f}"
-    return [judged(middle, goal, digits=3), shown, "-" if goal is None else f"<= {goal}"]
+    return [judged(middle, goal), shown, "-" if goal is None else f"<= {goal}"]
 
 
 def markdown(table: list[list[str]]) -> None:
@@ -406,44 +317,50 @@ def markdown(table: list[list[str]]) -> None:
 
 
 def report(rows: list[dict[str, str]]) -> None:
-    """Print what was measured, on what, as two tables in Markdown."""
+    """Print what was measured, and on what machine, as tables in Markdown."""
     times, rounds = read_times(rows), {row["round"] for row in rows}
     on = " and ".join(sorted({f"{row['cores']} core(s) of {row['cpu']}" for row in rows}))
     print(f"\n{len(rounds)} rounds on {on}; medians of ms and of the rounds' ratios")
-    for name, variants in {"SB3": ["SB3"], "SBX": ["SBX"], "ours": OURS}.items():
-        found = {row["versions"] for row in rows if row["variant"] in variants} - {""}
+    for name, variant in {
+        "SB3": "SB3",
+        "SBX": "SBX",
+        "ours": "rounded",
+        "before": "before",
+    }.items():
+        found = {row["versions"] for row in rows if row["variant"] == variant} - {""}
         print(f"{name}: {' and '.join(sorted(found)) or 'not measured'}")
     markdown(peers_table(rows, times))
-    markdown(rounding_table(times))
+    markdown(ratios_table(times, "float64", TABLE_I, TABLE_I_GOALS))
+    markdown(ratios_table(times, "before", CELLS, BEFORE_GOALS))
     print(
-        "\nfaster peer: of each round. ms to reach: set on a faster machine, so that ratios count\n"
-        "more. s to window: from the start of the process to the first step that counts.\n"
-        "95% interval: percentile bootstrap over rounds."
+        "\nfaster peer: of each round. Goals: with 64 hidden units at most 0.5 of SB3, always at\n"
+        "most the faster peer. s to window: from the start of the process to the first step that\n"
+        "counts. 95% interval: percentile bootstrap over rounds."
     )
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """A panel for each of CELLS: median ms per step of every variant, a line from min to max."""
-    times = read_times(rows)
+    times, variants = read_times(rows), asked(rows)
     figure = Figure(figsize=(12, 6.4), dpi=120, layout="constrained")
     for axes, cell in zip(figure.subplots(2, 3).T.flat, CELLS, strict=True):
         algo, hidden, task = cell.split("-", 2)
         axes.set_title(f"{algo.upper()} {hidden}-{hidden}, {task}", fontsize=12)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(-0.6, len(VARIANTS) - 0.4)
+        axes.set_xlim(-0.6, len(variants) - 0.4)
         axes.margins(y=0.1)
-        names = [f"ours\n{name}" if name in OURS else name for name in VARIANTS]
-        axes.set_xticks(range(len(VARIANTS)), names, fontsize=9)
+        names = [f"ours\n{name}" if name in OURS else name for name in variants]
+        axes.set_xticks(range(len(variants)), names, fontsize=9)
         axes.tick_params(axis="x", length=0)
-        for place, variant in enumerate(VARIANTS):
+        for x, variant in enumerate(variants):
             if each := [*times[cell, variant].values()]:
                 ms = median(each)
                 spread = [[ms - min(each)], [max(each) - ms]]
-                bars = axes.bar(place, ms, 0.75, color=COLORS[variant], yerr=spread, ecolor="0.5")
+                bars = axes.bar(x, ms, 0.75, color=COLORS[variant], yerr=spread, ecolor="0.5")
                 axes.bar_label(bars, [f"{ms:.2f}"], padding=2, fontsize=10)
             else:
                 where = {"transform": axes.get_xaxis_transform(), "rotation": 90}
-                axes.text(place, 0.02, "no measurement", ha="center", color="0.5", **where)
+                axes.text(x, 0.02, "no measurement", ha="center", color="0.5", **where)
     for axes in figure.axes[::3]:
         axes.set_ylabel("ms per environment step", fontsize=11)
     last = rows[-1]
@@ -460,7 +377,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """SystemExit with code 2 and one line for bad input."""
-    cells, python = [*dict.fromkeys([*CELLS, *TABLE_I])], BENCH / "bin/python"
+    cells = [*dict.fromkeys([*CELLS, *TABLE_I])]
     parser = Parser(prog="speed.py", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, default=1, help="of every process")
@@ -468,31 +385,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT"
     )
-    parser.add_argument("--steps-sac", type=int, help="of each run; 3000, with 256 units 2000")
-    parser.add_argument("--rollouts", type=int, default=8, help="of each run of PPO, 2048 steps")
-    parser.add_argument("--bench-python", type=Path, default=python, help="of the peers")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, to time")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/speed.csv")
     parser.add_argument("--draw", action="store_true", help="measure nothing, read --out")
-    parser.add_argument("--floor", choices=cells, metavar="CELL", help="print its floor, no more")
     args = parser.parse_args(argv)
     most = len(os.sched_getaffinity(0))
     if args.rounds < 1 or not 1 <= args.cores <= most:
         parser.error(f"--rounds must be at least 1, --cores from 1 to {most}")
-    if args.steps_sac is not None and (args.steps_sac < 2000 or args.steps_sac % 1000):
-        parser.error("--steps-sac must be a multiple of 1000, at least 2000")
-    if args.rollouts < 2:
-        parser.error("--rollouts must be at least 2: the first one is warm-up")
-    if args.bench_python != python and not args.bench_python.exists():
-        parser.error(f"--bench-python {args.bench_python}: no such file")
+    if args.against and not (args.against / "sac.py").exists():
+        parser.error(f"--against {args.against}: no sac.py there")
+    if args.against:
+        args.against = args.against.resolve()
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure unless told not to, then print and draw what is in --out."""
     args = parse(argv)
-    if args.floor:
-        print(floor(args.floor))
-        return
     try:
         if not args.draw:
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import sys
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -12,17 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-import envs
-import sac
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import ablation
 import plot
+from support import envs
+from support.networks import Actor
 
 
 def read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def codec_of(storage: str) -> ablation.Codec:
+    return ablation.STORAGES[storage][0]
 
 
 def main(*argv: object) -> None:
@@ -85,12 +86,6 @@ def test_groups_match_a_comparison_of_every_pair(seed, levels):
     assert (sizes[groups] > 1).tolist() == repeats([*map(tuple, rows)])
 
 
-def test_groups_of_parts_are_those_of_the_parts_side_by_side():
-    rows = np.random.default_rng(0).integers(3, size=(50, 3)).astype(np.float32)
-    whole, parts = ablation.group(rows), ablation.group(rows[:, :1], np.asfortranarray(rows[:, 1:]))
-    assert all((one == other).all() for one, other in zip(whole, parts, strict=True))
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_spread_matches_loops(seed):
     rng = np.random.default_rng(seed)
@@ -101,15 +96,6 @@ def test_spread_matches_loops(seed):
     assert ablation.spread(values, *ablation.group(keys)) == pytest.approx(
         math.sqrt(sum(expected) / 2)
     )
-
-
-def test_spread_among_pairs_is_their_difference_against_any_two():
-    values = np.array([[0.0], [1.0], [10.0], [13.0], [50.0]])
-    groups, sizes = np.array([1, 1, 0, 0, 2]), np.array([2, 2, 1])
-    within = ((1 - 0) ** 2 + (13 - 10) ** 2) / 2
-    any_two = [(a - b) ** 2 for (a,), (b,) in combinations(values, 2)]
-    expected = math.sqrt(within / (sum(any_two) / len(any_two)))
-    assert ablation.spread(values, groups, sizes) == pytest.approx(expected)
 
 
 def test_limits_of_the_spread():
@@ -131,7 +117,7 @@ def test_limits_of_the_spread():
 def test_rounding_errors_match_exact_fractions(m):
     obs = some_states(m)["visited"]
     obs[3, 1], obs[5, 1] = 200.25, -127.0  # one value beyond the bound, one on it
-    row = ablation.rounding(ablation.fresh_codec(f"m={m}"), obs)
+    row = ablation.rounding(codec_of(f"m={m}"), obs)
     exact = [[round(Fraction(min(max(s, -127.0), 127.0)), m) for s in line] for line in obs]
     errors = [
         [Fraction(float(np.float32(float(q)))) - Fraction(s) for q, s in zip(*lines, strict=True)]
@@ -154,7 +140,7 @@ def test_rounding_errors_match_exact_fractions(m):
 )
 def test_floats_err_by_half_a_step_at_most(name, step):
     obs = np.linspace(1, 2, 4001)[:-1, None] * [1, 4]  # steps of 2^-k and 4 * 2^-k
-    row = ablation.rounding(ablation.fresh_codec(name), obs)
+    row = ablation.rounding(codec_of(name), obs)
     assert row["worst"] == pytest.approx(4 * step / 2, rel=0.02)
     assert row["rms"] == pytest.approx(step * math.sqrt((1 + 16) / 2 / 12), rel=0.02)
     assert row["clamped"] == 0
@@ -164,35 +150,24 @@ def test_float64_errs_by_what_float32_cannot_show():
     obs = np.array([[0.1, 0.5]])
     expected = abs(float(np.float32(0.1)) - 0.1)
     for name in ("float64", "float32"):
-        row = ablation.rounding(ablation.fresh_codec(name), np.vstack([obs, -obs]))
+        row = ablation.rounding(codec_of(name), np.vstack([obs, -obs]))
         assert row["worst"] == expected > 0
 
 
 def test_bytes_are_those_of_a_stored_row():
     names = ["float64", "float8_e4m3fn", *(f"m={m}{p}" for p in ("", " packed") for m in range(4))]
     obs = np.linspace(0, [1] * 17, 2)
-    rows = [ablation.rounding(ablation.fresh_codec(name), obs) for name in names]
+    rows = [ablation.rounding(codec_of(name), obs) for name in names]
     assert [row["bytes"] for row in rows] == [136, 17, 17, 34, 34, 68, 18, 26, 32, 40]
     assert [row["bits"] for row in rows] == [64, 8, 8, 16, 16, 32, 8, 12, 15, 18]
 
 
-def test_what_is_restored_went_through_the_stored_row():
-    codec = ablation.fresh_codec("m=2 packed")
-    codec.pack = lambda codes: torch.zeros(len(codes), codec.row(5)[0], dtype=torch.int16)
+def test_what_is_restored_went_through_the_stored_row(monkeypatch):
+    codec = codec_of("m=2 packed")
+    zeros = torch.zeros(4, codec.row(5)[0], dtype=torch.int16)
+    monkeypatch.setattr(codec, "pack", lambda codes: zeros)
     restored = ablation.restore(codec, np.ones((4, 5)))
     assert restored.shape == (4, 5) and restored.dtype == np.float32 and not restored.any()
-
-
-@pytest.mark.parametrize("m", range(4))
-def test_packed_is_as_unpacked_but_for_its_bytes(m):
-    arrays, rows = some_states(m, 100), []
-    arrays["visited"][0] = 200
-    for name in (f"m={m}", f"m={m} packed"):
-        row = ablation.rounding(ablation.fresh_codec(name), arrays["visited"])
-        row |= ablation.collisions(ablation.fresh_codec(name), arrays)
-        rows.append({column: row[column] for column in row if column not in ("bits", "bytes")})
-    assert repr(rows[0]) == repr(rows[1])  # equal, nan included
-    assert rows[0]["clamped"] > 0
 
 
 # ---- collisions ----
@@ -203,12 +178,12 @@ def test_packed_is_as_unpacked_but_for_its_bytes(m):
 def test_collisions_match_a_comparison_of_every_pair(name, seed, monkeypatch):
     monkeypatch.setattr(ablation, "PPO_ROLLOUT", 20)
     arrays = some_states(seed)
-    codec = ablation.fresh_codec(name)
+    codec = codec_of(name)
     s_q = [tuple(row) for row in codec.decode(codec.encode(arrays["obs"])).tolist()]
     colliding = repeats(s_q)
     windows = [(i // 20, *row) for i, row in enumerate(s_q)]
     actions = [(*row, float(a)) for row, (a,) in zip(s_q, arrays["action"], strict=True)]
-    row = ablation.collisions(ablation.fresh_codec(name), arrays)
+    row = ablation.collisions(codec_of(name), arrays)
     assert (row["states"], row["distinct"]) == (60, len(set(s_q)))
     assert row["colliding"] == sum(colliding) / 60
     assert row["colliding_rollout"] == sum(repeats(windows)) / 60
@@ -225,25 +200,6 @@ def test_collisions_match_a_comparison_of_every_pair(name, seed, monkeypatch):
     for column, array in (("spread_obs", "obs"), ("spread_next", "next_obs")):
         each = [pooled(arrays[array][:, i].tolist(), s_q) for i in (0, 1, 3)]
         assert row[column] ** 2 == pytest.approx(sum(each) / 3)
-
-
-def test_a_hand_made_case():
-    """m = 0 sees 0, 1, 0, 2, 0, 1: three states of 0 and two of 1."""
-    arrays = {
-        "obs": np.array([[0.2], [1.1], [-0.3], [2.0], [0.4], [0.9]]),
-        "action": np.array([[1.0], [2], [3], [4], [1], [5]], np.float32),
-        "reward": np.array([1.0, 5.0, 2.0, 9.0, 3.0, 5.0], np.float32),
-        "next_obs": np.array([[7.0], [4], [7], [1], [7], [4]]),
-        "first": np.array([True, False, False, True, True, False]),
-    }
-    row = ablation.collisions(ablation.fresh_codec("m=0"), arrays)
-    assert (row["distinct"], row["colliding"], row["colliding_action"]) == (3, 5 / 6, 2 / 6)
-    assert row["colliding_first"] == 2 / 5 and row["colliding_rollout"] == 5 / 6
-    assert row["spread_next"] == 0
-    # Rewards 1, 2, 3 and 5, 5: squares 2 + 0, freedom 2 + 1. All: variance 8.1667.
-    assert row["spread_reward"] == pytest.approx(math.sqrt((2 / 3) / (49 / 6)))
-    without = ablation.collisions(ablation.fresh_codec("m=1"), arrays)
-    assert (without["distinct"], without["colliding"]) == (6, 0)
 
 
 # ---- states ----
@@ -275,13 +231,6 @@ def test_replaying_the_stored_actions_gives_the_stored_states(walker):
     assert arrays["obs"].dtype == arrays["next_obs"].dtype == np.float64
 
 
-def test_within_an_episode_the_next_state_is_the_following_one(walker):
-    arrays = ablation.load(walker / "Walker2d-v3.npz")
-    follows = (arrays["next_obs"][:-1] == arrays["obs"][1:]).all(axis=1)
-    assert (follows == ~arrays["first"][1:]).all()
-    assert (arrays["first"][1:] == arrays["terminated"][:-1]).all()  # none so short is truncated
-
-
 def test_the_run_is_kept_beside_its_states_and_is_the_plain_float64_one(walker):
     (path,) = walker.glob("*/result.json")
     assert path.parent.name == "Walker2d-v3__sac__seed-1"
@@ -293,12 +242,12 @@ class Constant:
     """An actor with one mean and log_std for everything, which remembers what it saw."""
 
     def __init__(self, mean: float, log_std: float):
-        self.out, self.saw = torch.tensor([[[mean, log_std]]]), []
+        self.out, self.saw = (torch.tensor([[mean]]), torch.tensor([[log_std]])), []
 
-    def forward(self, obs):
+    def __call__(self, obs):
         assert obs.dtype == torch.float32
         self.saw.append(obs[0].numpy())
-        return self.out, ()
+        return self.out
 
 
 def test_visited_is_what_the_policy_acts_on():
@@ -316,20 +265,8 @@ def test_visited_is_what_the_policy_acts_on():
             obs, _ = env.reset()
 
 
-def test_visits_act_as_stochastically_as_training(monkeypatch):
-    env, executed = envs.make("Pendulum-v1"), []
-    step = env.step
-    monkeypatch.setattr(env, "step", lambda action: executed.append(action.copy()) or step(action))
-    monkeypatch.setattr(envs, "make", lambda _: env)
-    ablation.visit(Constant(0.3, log_std=-1.0), "Pendulum-v1", 50, seed=3)
-    torch.manual_seed(3)
-    noise = np.array([torch.randn(1, 1).item() for _ in range(50)])
-    expected = 2 * np.tanh(0.3 + math.exp(-1) * noise)
-    np.testing.assert_allclose(np.concatenate(executed), expected, atol=1e-6)
-
-
 def test_visiting_again_visits_the_same():
-    actor = sac.MLP(sac.uniform(1, 3, 8, 8, 2), "relu")
+    actor = Actor(3, 1, 8)
     first, again = (ablation.visit(actor, "Pendulum-v1", 30, seed=3) for _ in range(2))
     assert (first == again).all() and len(np.unique(first, axis=0)) == 30
 
@@ -359,7 +296,7 @@ def test_errors_csv(tmp_path):
     expected = [(task, name) for task in ("A-v0", "B-v0") for name in ablation.STORAGES]
     assert [(row["task"], row["storage"]) for row in rows] == expected
     for row in rows[: len(ablation.STORAGES)]:
-        codec = ablation.fresh_codec(row["storage"])
+        codec = codec_of(row["storage"])
         again = ablation.rounding(codec, arrays["visited"]) | ablation.collisions(codec, arrays)
         for column, value in again.items():
             shown = float(row[column]) if row[column] else math.nan
@@ -384,17 +321,14 @@ def test_states_to_table(walker, tmp_path, capsys):
 def test_speed_csv_and_the_order_of_its_rounds(tmp_path, monkeypatch):
     asked = []
 
-    def fake(settings, threads):
-        asked.append((settings, threads))
-        args = sac.Args(**settings)  # every flag exists
-        versions = {"torch": "2.13.0"}
-        return {"ms_per_step": len(asked), "threads": threads, "versions": versions} | {
-            "machine": args.env
-        }
+    def fake(env_id, *settings):
+        asked.append(settings)
+        about = {"threads": 5, "versions": {"torch": "2.13.0"}, "machine": env_id}
+        return {"ms_per_step": len(asked)} | about
 
-    monkeypatch.setattr(ablation, "train_afresh", fake)
+    monkeypatch.setattr(ablation, "train", fake)
     names = [*ablation.STORAGES]
-    options = ["--rounds", 3, "--steps", 7, "--threads", 5]
+    options = ["--rounds", 3, "--steps", 7, "--cores", 5]
     main("speed", "--env", "A-v0", "B-v0", *options, "--out", tmp_path)
     rows = read(tmp_path / "ablation" / "speed.csv")
     assert list(rows[0]) == ablation.SPEED
@@ -406,18 +340,22 @@ def test_speed_csv_and_the_order_of_its_rounds(tmp_path, monkeypatch):
     ]
     assert [(row["round"], row["task"], row["storage"]) for row in rows] == expected
     assert [float(row["ms_per_step"]) for row in rows] == [*range(1, len(rows) + 1)]
-    for row, (settings, threads) in zip(rows, asked, strict=True):
-        flags = {"env": row["task"], "total_timesteps": 7, **ablation.STORAGES[row["storage"]]}
-        assert (settings, threads, row["machine"]) == (flags, 5, row["task"])
+    for row, settings in zip(rows, asked, strict=True):
+        assert settings == (7, ablation.STORAGES[row["storage"]][1], 5)
+        assert row["machine"] == row["task"]
 
 
-def test_a_run_in_a_process_of_its_own():
-    settings = {"env": "Pendulum-v1", "total_timesteps": 60, "quant_m": 2, "pack": True}
-    settings["hidden"] = 256  # for networks of 64 sac.py itself takes one thread
-    result = ablation.train_afresh(settings, 2)
-    assert (result["global_step"], result["threads"]) == (60, 2)
-    assert "packed 15-bit" in result["storage"] and result["ms_per_step"] > 0
-    assert torch.get_num_threads() == 1  # here nothing changed, see conftest.py
+@pytest.mark.parametrize("storage", ["float16", "m=2 packed"])
+def test_flags_are_those_of_the_codec(storage):
+    codec, flags = ablation.STORAGES[storage]
+    result = ablation.train("Pendulum-v1", 60, flags, cores=1)
+    assert (result["global_step"], result["threads"]) == (60, 1)
+    assert result["storage"] == codec.name and result["ms_per_step"] > 0
+
+
+def test_a_training_that_fails_is_one_line(tmp_path, capsys):
+    line = fails(capsys, "speed", "--env", "Pendulum-v9", "--out", tmp_path)
+    assert "Pendulum-v9" in line and "Traceback" not in line
 
 
 # ---- table ----
@@ -511,7 +449,7 @@ def test_an_unknown_task_is_refused_before_anything_is_trained(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "argv", [["states", "--steps", "0"], ["speed", "--rounds", "-1"], ["speed", "--threads", "x"]]
+    "argv", [["states", "--steps", "0"], ["speed", "--rounds", "-1"], ["speed", "--cores", "x"]]
 )
 def test_numbers_below_1(argv, capsys):
     with pytest.raises(SystemExit) as exit_info:

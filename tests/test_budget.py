@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import budget
 
 ROWS = 200_000  # 156 MB packed, 617 MB in float64, beside some 0.37 GB for the libraries

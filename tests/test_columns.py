@@ -1,4 +1,4 @@
-"""columns.py: what is stored column by column reads as if every row were stored whole."""
+"""support/columns.py: what is stored column by column reads as if every row were stored whole."""
 
 import subprocess
 import sys
@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-import columns
-from buffers import ReplayBuffer, layout_bytes, replay_layout
-from columns import LiveColumns, Rows
+from buffers import ReplayBuffer
 from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed
+from support.columns import LiveColumns, Rows, columns_of
+
+ROOT = Path(__file__).parent.parent
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
@@ -60,16 +61,16 @@ class Both:
         self.written |= set(rows)
 
     def check(self) -> None:
-        index = torch.tensor(sorted(self.written), device=self.live.device)
-        index = torch.cat([index.flip(0), index[:1]])  # in another order, and one row twice
-        assert_same_bits(self.live.get(index), self.plain.get(index))
+        rows = np.array(sorted(self.written))
+        rows = np.append(rows[::-1], rows[0])  # in another order, and one row twice
+        assert_same_bits(self.live.get(rows), self.plain.get(rows))
         assert set(np.flatnonzero(self.live.live).tolist()) == self.changed
-        assert self.live.settled == (self.first_block is not None)
+        assert self.live.watching == (self.first_block is None)
         assert self.live.nbytes == self.expected_nbytes()
 
     def expected_nbytes(self) -> int:
         size = self.codec.dtype.itemsize
-        per_column = size + 1 + 8 + 8  # its constant, whether it is live, its place, twice
+        per_column = size + 1 + 8 + 8  # its constant, whether it is live, its rank, twice
         if self.first_block is None:
             rows, row = self.num_envs * self.watched, self.n * size
         else:
@@ -207,8 +208,8 @@ def test_the_watch_is_a_thousand_rows_of_all_rings_together(num_envs, ring, watc
     rows = np.arange(num_envs) * ring
     for t in range(2 * ring):
         kept.put(rows + t % ring, codes + t)
-        assert kept.settled == (t >= watched and ring > watched)
-        if kept.settled:
+        assert kept.watching == (t < watched or ring <= watched)
+        if not kept.watching:
             break
 
 
@@ -220,7 +221,7 @@ def test_a_buffer_smaller_than_the_watch_is_kept_whole(num_envs):
         rows = [env * 30 + t % 30 for env in range(num_envs)]
         both.put(rows, rng.choice(PALETTE, (num_envs, 20)))
         both.check()
-    assert not both.live.settled
+    assert both.live.watching
 
 
 # Bytes
@@ -242,30 +243,35 @@ def run_constant(buffer: ReplayBuffer, steps: int, live: int, late: dict[int, in
 @every_codec
 @pytest.mark.parametrize("num_envs", [1, 3])
 @pytest.mark.parametrize("live", [0, 1, 17, 30])
-def test_nbytes_is_the_layouts_and_a_late_column_adds_its_own(codec, num_envs, live, monkeypatch):
+def test_bytes_when_is_the_largest_nbytes_of_a_run(codec, num_envs, live, monkeypatch):
+    """Foretold by a buffer on the meta device, which holds nothing."""
     monkeypatch.setattr(LiveColumns, "WATCHED", 20)
+    sizes = codec, 100, num_envs, 30, 1
+    on_meta = ReplayBuffer(*sizes, torch.device("meta"), seed=0, drop_constant=True).obs
 
-    def nbytes(late: dict[int, int]) -> int:
-        buffer = ReplayBuffer(codec, 100, num_envs, 30, 1, CPU, seed=0, drop_constant=True)
+    def largest(late: dict[int, int]) -> int:
+        buffer = ReplayBuffer(*sizes, CPU, seed=0, drop_constant=True)
+        before = buffer.obs.nbytes
+        assert on_meta.nbytes == before
         run_constant(buffer, 60, live, late)
-        assert buffer.obs.settled
-        return buffer.nbytes
+        assert not buffer.obs.watching
+        return max(before, buffer.obs.nbytes)
 
-    settled = layout_bytes(replay_layout(codec, 100, num_envs, 30, 1, live_columns=live))
-    assert nbytes({}) == settled
+    assert largest({}) == on_meta.bytes_when(live)
     if live < 30:
-        column = num_envs * (-(-100 // num_envs) + 1) * codec.dtype.itemsize
-        assert nbytes({29: 50}) == settled + column
-        watched_column = layout_bytes(replay_layout(codec, 100, num_envs, 30, 1, live + 1))
-        assert nbytes({29: 5}) == watched_column
+        assert largest({29: 50}) == on_meta.bytes_when(live, 1)
+        assert largest({29: 5}) == on_meta.bytes_when(live + 1)
     if live == 17:
-        assert nbytes({20: 50, 22: 50, 29: 55}) == settled + 3 * column
+        assert largest({20: 50, 22: 50, 29: 55}) == on_meta.bytes_when(17, 3)
 
 
-def test_a_million_humanoid_rows_without_their_constant_columns():
-    """257 live columns of 376: at most 590 MB as int16, 560 MB packed."""
-    for codec, most in ((FixedPoint(2), 590e6), (Packed(2), 560e6)):
-        assert layout_bytes(replay_layout(codec, 1_000_000, 1, 376, 17, live_columns=257)) < most
+@pytest.mark.parametrize(("codec", "most"), [(FixedPoint(2), 590e6), (Packed(2), 565e6)])
+def test_a_million_humanoid_rows_without_their_constant_columns(codec, most):
+    """257 live columns of 376."""
+    meta = torch.device("meta")
+    buffer = ReplayBuffer(codec, 1_000_000, 1, 376, 17, meta, seed=0, drop_constant=True)
+    rest = buffer.nbytes - buffer.obs.nbytes
+    assert buffer.obs.bytes_when(257) + rest < most
 
 
 def test_a_late_column_costs_no_copy():
@@ -274,7 +280,7 @@ def test_a_late_column_costs_no_copy():
 import re
 from pathlib import Path
 import numpy as np, psutil, torch
-from columns import LiveColumns
+from support.columns import LiveColumns
 from quantize import FixedPoint
 
 torch.set_num_threads(1)
@@ -295,14 +301,14 @@ before = used()
 for row in range(100_000, 100_010):
     codes[0, 257:270] = 1
     kept.put(np.array([row]), codes[:1])
-    kept.get(torch.arange(0, 100_000, 400))
+    kept.get(np.arange(0, 100_000, 400))
 after = used()
 assert kept.blocks[0][1] is block and len(kept.blocks) == 2
 print(*before, *after)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(columns.__file__).parent, capture_output=True, text=True, check=True,
+        cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     rss, peak, nbytes, rss_after, peak_after, nbytes_after = map(int, done.stdout.split())
     assert nbytes_after - nbytes == 1_000_001 * 13 * 2
@@ -327,6 +333,17 @@ def test_what_a_late_column_never_wrote_takes_no_memory(monkeypatch):
     kept.put(np.arange(100_000, 100_010), codes[:10])
     assert kept.nbytes - nbytes == 128_000_000
     for start in range(0, 100_000, 1000):
-        assert (kept.get(torch.arange(start, start + 1000))[:, 1:] == 1).all()
-    assert (kept.get(torch.arange(100_000, 100_010))[:, 2:] == 2).all()
+        assert (kept.get(np.arange(start, start + 1000))[:, 1:] == 1).all()
+    assert (kept.get(np.arange(100_000, 100_010))[:, 2:] == 2).all()
     assert process.memory_info().rss - before < 30e6
+
+
+# Names of columns
+
+
+@pytest.mark.parametrize(
+    ("n", "names"),
+    [(0, "[]"), (2, "[0, 1]"), (12, str([*range(12)])), (13, f"{[*range(12)]} and 1 more")],
+)
+def test_columns_of_shortens_long_lists(n, names):
+    assert columns_of(np.arange(20) < n) == names

@@ -1,4 +1,4 @@
-"""envs.py: the four -v3 tasks against v3's published formulas and Gymnasium's v4 classes."""
+"""support/envs.py: the -v3 tasks against v3's published formulas and Gymnasium's v4 classes."""
 
 import copy
 import os
@@ -20,10 +20,10 @@ from gymnasium.envs.mujoco.walker2d_v4 import Walker2dEnv
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.utils.env_checker import check_env
 
-import envs
+from support import envs
 
 TASKS = ["Walker2d-v3", "HalfCheetah-v3", "Ant-v3", "Humanoid-v3"]
-ROOT = Path(envs.__file__).parent
+ROOT = Path(envs.__file__).parent.parent
 
 
 class Step(NamedTuple):
@@ -49,7 +49,7 @@ def rollout(env: gym.Env, actions: np.ndarray, seed: int = 0) -> Iterator[Step]:
             env.reset()
 
 
-# spaces and observations
+# --- Spaces and observations ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_dynamics_are_those_of_v4(env_id, v4, columns):
     assert contact > 100
 
 
-# rewards and ends
+# --- Rewards and ends ----------------------------------------------------------------------------
 
 
 def walker_reward(data, before, action):
@@ -217,13 +217,13 @@ def test_time_limit_and_gymnasiums_own_checks(env_id):
         check_env(env.unwrapped, skip_render_check=True)
 
 
-# silence
+# --- Silence -------------------------------------------------------------------------------------
 
 MAKE_ALL = """
 import gymnasium
 before = dict(gymnasium.registry)
-import envs
-assert before == gymnasium.registry, "import envs registers"
+from support import envs
+assert before == gymnasium.registry, "importing support.envs registers"
 for env_id in envs.V3_TASKS:
     env = envs.make(env_id)
     env.reset(seed=0)
@@ -259,7 +259,7 @@ def test_making_is_silent(env_id, capfd, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# what make refuses
+# --- What make refuses ---------------------------------------------------------------------------
 
 
 def test_a_module_that_cannot_be_imported_is_named():
@@ -291,6 +291,46 @@ def test_close_names_are_named_once():
         envs.make("Humanoid-v33")
     names = str(error.value).split("closest: ")[1].split(", ")
     assert len(names) == len(set(names)) == 3
+
+
+class Nasty(BaseException):
+    def __str__(self):
+        raise RuntimeError
+
+
+def unprintable() -> Exception:
+    return type("Unprintable", (KeyError,), {"__str__": lambda self: 1 / 0})()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no licence\nfor you"), "no licence;"),
+        (RuntimeError("\x1b[31mred\r"), "[31mred;"),  # without its escape character
+        (RuntimeError(), "RuntimeError;"),
+        (SystemExit(0), "SystemExit;"),
+        (Nasty(), "Nasty;"),
+        (unprintable(), "Unprintable;"),
+    ],
+)
+def test_an_environment_that_cannot_be_made_is_one_line(error, said):
+    def construct():
+        raise error
+
+    gym.register("Tiny-v0", construct)
+    try:
+        with pytest.raises(ValueError, match="cannot make 'Tiny-v0': ") as caught:
+            envs.make("Tiny-v0")
+    finally:
+        del gym.registry["Tiny-v0"]
+    assert said in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_module_that_exits_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "exits.py").write_text("import sys; sys.exit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="cannot make 'exits:Ant-v3': SystemExit"):
+        envs.make("exits:Ant-v3")
 
 
 @pytest.mark.filterwarnings("ignore:.*Hopper-v3 is out of date")
@@ -335,6 +375,7 @@ def test_other_ids_are_passed_on(make_tiny):
     assert isinstance(env.unwrapped, Tiny)
 
 
+@pytest.mark.filterwarnings("ignore:.*maximum and minimum values are equal")
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "found"),
     [
@@ -346,6 +387,9 @@ def test_other_ids_are_passed_on(make_tiny):
         (VECTOR, Box(-1, 1, (2, 2)), "actions Box(-1.0, 1.0, (2, 2), float32)"),
         (VECTOR, Box(-np.inf, np.inf, (2,)), "actions Box(-inf, inf, (2,), float32)"),
         (VECTOR, Box(0, np.inf, (2,)), "actions Box(0.0, inf, (2,), float32)"),
+        (VECTOR, Box(-1.7e308, 1.7e308, (2,), np.float64), "finite bounds are needed"),
+        (VECTOR, Box(0, 0, (2,)), "low must be below high"),
+        (Box(-1, 1, (3,), np.longdouble), ACTION, "numbers of at most 64 bits are needed"),
     ],
 )
 def test_unsuitable_spaces_are_refused_and_named(make_tiny, observation_space, action_space, found):
@@ -377,40 +421,156 @@ class Scripted(gym.Env):
         return self.obs, float(self.obs[0]), terminated, truncated, {"unread": 1}
 
 
-def test_vector_env_steps_like_gymnasiums(monkeypatch):
+# --- Several environments ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vector_of(monkeypatch):
+    """A VectorEnv, named "Odd-v0", of environments that a function makes."""
+
+    def make_vector(kind, num_envs: int = 1) -> envs.VectorEnv:
+        monkeypatch.setattr(envs, "make", lambda _: kind())
+        return envs.make_vector("Odd-v0", num_envs)
+
+    return make_vector
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_vector_env_steps_like_gymnasiums(vector_of, num_envs):
     """Bit for bit with SyncVectorEnv, masked resets included; what was returned stays as it was."""
-    monkeypatch.setattr(envs, "make", lambda _: Scripted())
-    ours = envs.make_vector("any", 3)
+    ours = vector_of(Scripted, num_envs)
     theirs = gym.vector.SyncVectorEnv(
-        [Scripted] * 3, autoreset_mode=gym.vector.AutoresetMode.DISABLED
+        [Scripted] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED
     )
     assert np.array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
+    assert ours.fresh.tolist() == [True] * num_envs
     rng, kept, ended = np.random.default_rng(0), [], 0
     for _ in range(300):
-        action = rng.uniform(-1, 1, (3, 2)).astype(np.float32)
+        action = rng.uniform(-1, 1, (num_envs, 2)).astype(np.float32)
         mine, plain = ours.step(action), theirs.step(action)
         for one, other in zip(mine[:4], plain[:4], strict=True):
             assert one.dtype == other.dtype
             assert np.array_equal(one, other)
+        assert np.array_equal(ours.obs, mine[0])
         kept.append((mine[0], mine[0].copy()))
         done = mine[2] | mine[3]
         if done.any():
             ended += 1
-            reset = [one.reset(options={"reset_mask": done})[0][done] for one in (ours, theirs)]
+            reset = [one.reset(options={"reset_mask": done})[0] for one in (ours, theirs)]
             assert np.array_equal(*reset)
-    assert ended > 50
+            assert np.array_equal(ours.obs, reset[0]) and np.array_equal(ours.fresh, done)
+            kept.append((reset[0], reset[0].copy()))
+    assert ended > 20 * num_envs
     assert all(np.array_equal(obs, copy) for obs, copy in kept)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((1, 3)), np.zeros(2), np.zeros(3, np.complex128)])
-def test_vector_env_refuses_an_observation_of_another_shape_or_kind(monkeypatch, bad):
-    monkeypatch.setattr(envs, "make", lambda _: Scripted())
-    vector = envs.make_vector("any", 1)
+class Returns(gym.Env):
+    """Always returns the same observation and reward."""
+
+    action_space = ACTION
+
+    def __init__(self, obs=(0, 0, 0), reward=0.0, dtype=np.float64):
+        self.observation_space = Box(-1, 1, (3,), dtype)
+        self.obs, self.reward = obs, reward
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.obs, {}
+
+    def step(self, action):
+        return np.zeros(3), self.reward, False, False, {}
+
+
+BAD = [np.zeros((1, 3)), np.zeros(2), np.zeros(()), np.zeros(3, np.complex128), None, "abc"]
+BAD += [["a", "b", "c"], [[0], 0, 0], np.zeros(3, object)]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_an_observation_of_another_shape_or_kind_is_refused(vector_of, bad):
+    said = r"^Odd-v0 returned observations that are no float64 of shape \(3,\) but "
+    with pytest.raises(envs.EnvironmentFault, match=said):
+        vector_of(lambda: Returns(bad)).reset(seed=1)
+
+
+@pytest.mark.parametrize("fine", [[0, 1, 2], (0.5, 0, 0), np.arange(3), np.ones(3, np.float32)])
+def test_an_observation_is_converted_to_the_dtype_of_the_space(vector_of, fine):
+    obs, _ = vector_of(lambda: Returns(fine)).reset(seed=1)
+    assert obs.dtype == np.float64 and obs.tolist() == [list(map(float, fine))]
+
+
+LARGEST = float(np.finfo(np.float32).max)
+BEYOND = float(np.nextafter(LARGEST, np.inf))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("space_dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_observations_that_are_finite_as_float32_pass(vector_of, dtype, space_dtype):
+    """Also those whose sum of squares overflows."""
+    vector = vector_of(lambda: Returns(dtype=space_dtype))
+    most = min(float(np.finfo(kind).max) for kind in (dtype, space_dtype, np.float32))
+    for values in ([most, -most, 1], [0, -most, most], [1, -0.5, 0], [-60_000, 0, 60_000]):
+        vector.envs[0].obs = np.array(values, dtype)
+        assert vector.reset()[0].tolist() == [values]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, BEYOND, -1e300])
+@pytest.mark.parametrize("columns", [[0], [2], [0, 2]])
+def test_observations_that_are_not_finite_as_float32_name_their_columns(
+    vector_of, dtype, value, columns
+):
+    if np.isfinite(value) and dtype != np.float64:
+        return  # it has no such values
+    obs = np.ones(3, dtype)
+    obs[columns] = value
+    with pytest.raises(envs.EnvironmentFault) as fault:
+        vector_of(lambda: Returns(obs, dtype=dtype)).reset(seed=1)
+    said = f"Odd-v0 returned nan or inf in observation columns {columns} as float32"
+    assert str(fault.value) == said
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf, BEYOND, np.float64(-1e300)])
+def test_a_reward_that_is_no_finite_float32_is_refused(vector_of, reward):
+    vector = vector_of(lambda: Returns(reward=reward))
     vector.reset(seed=1)
-    vector.envs[0].obs = np.zeros(3)
-    vector.envs[0].step = lambda action: (bad, 0.0, False, False, {})
-    with pytest.raises(envs.EnvironmentFault, match="returned observations that are no float32"):
-        vector.step(np.zeros((1, 2), np.float32))
+    with pytest.raises(envs.EnvironmentFault) as fault:
+        vector.step(np.zeros((1, 2)))
+    assert str(fault.value) == f"Odd-v0 returned the reward {reward}, which is no finite float32"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("it fell\nhard"), "RuntimeError in test_envs.py, line [0-9]+: it fell$"),
+        (RuntimeError("\x1b[31mred"), r"RuntimeError in .*: \[31mred$"),
+        (SystemExit(0), "SystemExit in .*: 0$"),
+        (Nasty(), "Nasty in .*: Nasty$"),
+        (unprintable(), "Unprintable in .*: Unprintable$"),
+    ],
+)
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_whatever_an_environment_raises_is_one_line(vector_of, error, said, method, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    vector = vector_of(Scripted)
+    vector.reset(seed=1)
+    monkeypatch.setattr(vector.envs[0], method, fail)
+    with pytest.raises(envs.EnvironmentFault, match=f"^Odd-v0 raised {said}"):
+        vector.step(np.zeros((1, 2))) if method == "step" else vector.reset()
+
+
+@pytest.mark.parametrize("method", ["reset", "step"])
+def test_ctrl_c_passes_through(vector_of, method, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    vector = vector_of(Scripted)
+    monkeypatch.setattr(vector.envs[0], method, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        vector.step(np.zeros((1, 2))) if method == "step" else vector.reset()
 
 
 # --- Replay --------------------------------------------------------------------------------------
@@ -436,33 +596,59 @@ def test_a_replayed_env_goes_on_as_the_one_that_was_not_stopped(env_id, num_envs
     for _ in range(stop):
         step([went_on])
     again = envs.make_vector(env_id, num_envs)
-    again.reset(seed=5)
-    saved = went_on.episodes()
-    obs, anew = again.replay(saved)
-    assert not anew.any()
-    assert obs.tobytes() == np.stack([episode["obs"].numpy() for episode in saved]).tobytes()
+    obs, _ = again.reset(seed=5)
+    before = obs.copy()
+    again.load_state_dict(went_on.state_dict())
+    assert not again.fresh.any()
+    assert again.obs.tobytes() == went_on.obs.tobytes()
+    assert np.array_equal(obs, before)  # which was the caller's to keep
     for _ in range(150):
         one, other = step([went_on, again])
         for a, b in zip(one, other, strict=True):
             assert a.tobytes() == b.tobytes()
 
 
-def test_a_step_that_fails_leaves_the_replay_where_it_was(monkeypatch):
-    """The first env steps, the second one raises: neither step counts."""
-    monkeypatch.setattr(envs, "make", lambda _: Scripted())
-    vector = envs.make_vector("any", 2)
+def test_a_saved_state_stays_as_it_was(vector_of):
+    vector = vector_of(Scripted, 2)
     vector.reset(seed=1)
-    before = [{k: copy.deepcopy(v) for k, v in e.items()} for e in vector.episodes()]
+    vector.step(np.ones((2, 2), np.float32))
+    saved = vector.state_dict()
+    before = copy.deepcopy(saved)
+    vector.step(np.zeros((2, 2), np.float32))
+    vector.reset()
+    for one, other in zip(saved["episodes"], before["episodes"], strict=True):
+        assert one["start"] == other["start"]
+        assert all(torch.equal(one[name], other[name]) for name in ("actions", "rewards", "obs"))
+
+
+def test_a_step_that_fails_leaves_the_replay_where_it_was(vector_of, monkeypatch):
+    """The first env steps, the second one raises: neither step counts."""
+    vector = vector_of(Scripted, 2)
+    obs, _ = vector.reset(seed=1)
+    before = vector.state_dict()
     monkeypatch.setattr(vector.envs[1], "step", lambda action: 1 / 0)
     with pytest.raises(envs.EnvironmentFault, match=r"raised ZeroDivisionError in test_envs.py"):
         vector.step(np.zeros((2, 2), np.float32))
-    for one, other in zip(before, vector.episodes(), strict=True):
+    assert np.array_equal(vector.obs, obs)
+    for one, other in zip(before["episodes"], vector.state_dict()["episodes"], strict=True):
         assert one["start"] == other["start"] and len(other["actions"]) == 0
         assert torch.equal(one["obs"], other["obs"])
 
 
+def test_an_env_whose_reset_failed_is_not_replayed(vector_of, monkeypatch):
+    """Not the episode that ended before it, either."""
+    vector = vector_of(Scripted, 2)
+    vector.reset(seed=1)
+    vector.step(np.zeros((2, 2), np.float32))
+    with monkeypatch.context() as patch, pytest.raises(envs.EnvironmentFault):
+        patch.setattr(vector.envs[1], "reset", lambda seed: 1 / 0)
+        vector.reset(options={"reset_mask": np.array([False, True])})
+    vector.load_state_dict(vector.state_dict())
+    assert vector.fresh.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("what", ["reward", "end"])
-def test_an_env_of_which_only_a_reward_or_an_end_differs_begins_anew(what, monkeypatch):
+def test_an_env_of_which_only_a_reward_or_an_end_differs_begins_anew(what, vector_of):
     """Its observations replay, but it has a memory that outlives the reset."""
 
     class Forgetful(Scripted):
@@ -476,22 +662,76 @@ def test_an_env_of_which_only_a_reward_or_an_end_differs_begins_anew(what, monke
         def reset(self, *, seed=None, options=None):
             return np.zeros(3), {}
 
-    monkeypatch.setattr(envs, "make", lambda _: Forgetful())
-    one, other = envs.make_vector("any", 1), envs.make_vector("any", 1)
+    one, other = vector_of(Forgetful), vector_of(Forgetful)
     one.reset(seed=1), other.reset(seed=1)
     for _ in range(10):
         one.step(np.zeros((1, 2)))
-    saved = one.episodes()
-    assert other.replay(saved)[1].tolist() == [True]
-    assert other.replay(saved)[1].tolist() == [False]
+    saved = one.state_dict()
+    other.load_state_dict(saved)
+    assert other.fresh.tolist() == [True]
+    other.load_state_dict(saved)
+    assert other.fresh.tolist() == [False]
 
 
-def test_an_env_with_a_generator_of_another_kind_is_not_replayed(monkeypatch):
-    monkeypatch.setattr(envs, "make", lambda _: Scripted())
-    vector = envs.make_vector("any", 1)
+def test_an_env_with_a_generator_of_another_kind_is_not_replayed(vector_of):
+    vector = vector_of(Scripted)
     vector.reset(seed=1)
-    assert vector.episodes()[0]["start"] == 1
+    assert vector.state_dict()["episodes"][0]["start"] == 1
     vector.envs[0].unwrapped.np_random = np.random.Generator(np.random.MT19937(3))
     vector.reset()
-    assert vector.episodes()[0]["start"] is None
-    assert vector.replay(vector.episodes())[1].all()
+    assert vector.state_dict()["episodes"][0]["start"] is None
+    vector.load_state_dict(vector.state_dict())
+    assert vector.fresh.all()
+
+
+def test_an_episode_that_is_too_long_is_not_replayed(vector_of, monkeypatch):
+    monkeypatch.setattr(envs.VectorEnv, "LONGEST", 5)
+    vector = vector_of(Returns)
+    vector.reset(seed=1)
+    for steps in range(1, 8):
+        vector.step(np.zeros((1, 2), np.float32))
+        (episode,) = vector.state_dict()["episodes"]
+        assert len(episode["actions"]) == len(episode["rewards"]) == (steps if steps < 6 else 0)
+        assert episode["start"] == (1 if steps < 6 else None)
+
+
+def test_the_state_of_other_envs_is_refused(vector_of):
+    three, two = vector_of(Scripted, 3), vector_of(Scripted, 2)
+    three.reset(seed=1), two.reset(seed=1)
+    with pytest.raises(ValueError, match="it has 3 environments, this run has 2"):
+        two.load_state_dict(three.state_dict())
+
+
+# --- Evaluation ----------------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_return_of_whole_seeded_episodes():
+    def act(obs):
+        return -0.1 * obs[:6]
+
+    env = envs.make("Walker2d-v3")
+    returns = []
+    for episode in range(3):
+        obs, _ = env.reset(seed=7 if episode == 0 else None)
+        returns.append(0.0)
+        ended = False
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(act(obs))
+            returns[-1] += reward
+            ended = terminated or truncated
+    assert envs.evaluate("Walker2d-v3", act, episodes=3, seed=7) == returns
+    assert envs.evaluate("Walker2d-v3", act, episodes=0, seed=7) == []
+
+
+def test_an_episode_without_end_is_evaluated_for_10_000_steps(vector_of):
+    vector_of(lambda: Returns(reward=0.5))  # in place of make
+    assert envs.evaluate("Odd-v0", lambda obs: np.zeros(2), episodes=2, seed=1) == [5000.0] * 2
+
+
+def test_an_env_that_cannot_be_made_twice_was_not_evaluated(monkeypatch):
+    def make(env_id):
+        raise ValueError("one at a time")
+
+    monkeypatch.setattr(envs, "make", make)
+    with pytest.raises(envs.EnvironmentFault, match=r"^Odd-v0 was not evaluated: one at a time"):
+        envs.evaluate("Odd-v0", lambda obs: obs, episodes=1, seed=1)

@@ -1,50 +1,164 @@
-"""run.sh with stand-ins for the requirements: sets up once, passes on, cleans up a failure."""
+"""run.sh with stand-ins for Python and the requirements: sets up once, repairs, removes no venv."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Enough of Python for run.sh. `-m venv` makes a link to it, `-m pip` fails where pip-fails exists.
+PYTHON = f"""#!/bin/sh
+case "$1 $2" in
+"-m venv") mkdir -p "$3/bin" && ln -s "$(readlink -f "$0")" "$3/bin/python" ;;
+"-m pip") echo "${{0#$PWD/}} $*" >>pip-calls; ! cat pip-fails 2>/dev/null ;;
+-c*) exec {sys.executable} "$@" ;;
+*) echo "${{0#$PWD/}} $*"; exit 3 ;;
+esac
+"""
 
 
 @pytest.fixture
-def house(tmp_path):
+def house(tmp_path, monkeypatch):
+    """A folder with run.sh, whose only Python is the stand-in."""
+    for name in ("house/tests", "house/experiments", "house/.ci", "bin", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("run.sh", ".ci/run"):
+        shutil.copy(ROOT / name, tmp_path / "house" / name)
+    for name in ("requirements.txt", "tests/requirements.txt", "experiments/requirements.txt"):
+        (tmp_path / "house" / name).write_text(f"# {name}\n")
+    (tmp_path / "bin/python3").write_text(PYTHON)
+    (tmp_path / "bin/python3").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return tmp_path / "house"
+
+
+def run(script: Path | str, *arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def pip_calls(house: Path) -> list[str]:
+    calls = house / "pip-calls"
+    return calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_with_the_real_python(tmp_path):
     shutil.copy(ROOT / "run.sh", tmp_path)
     (tmp_path / "requirements.txt").write_text("# nothing\n")
     (tmp_path / "sac.py").write_text("import sys; print(sys.prefix, sys.argv); sys.exit(3)\n")
-    return tmp_path
-
-
-def run(house: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = ["bash", str(house / "run.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    first = run(tmp_path / "run.sh", "sac.py", "--env", "Ant-v3")
+    assert first.returncode == 3, first.stderr
+    assert first.stdout == f"{tmp_path / '.venv'} ['sac.py', '--env', 'Ant-v3']\n"
+    (python,) = (tmp_path / ".venv/bin").glob("python3.*")
+    for name in ("python", "python3", python.name):
+        (tmp_path / ".venv/bin" / name).unlink()
+        (tmp_path / ".venv/bin" / name).symlink_to("/no/such/python")
+    again = run(tmp_path / "run.sh", "sac.py", "--env", "Ant-v3")
+    assert (again.returncode, again.stdout) == (3, first.stdout), again.stderr
 
 
 def test_sets_up_once_then_passes_the_command_line_and_exit_code_on(house):
-    first = run(house, "sac.py", "--env", "Ant-v3")
-    assert first.returncode == 3
-    assert first.stdout == f"{house / '.venv'} ['sac.py', '--env', 'Ant-v3']\n"
+    first = run(house / "run.sh", "sac.py", "--env", "Ant v3")
+    assert (first.returncode, first.stdout) == (3, ".venv/bin/python sac.py --env Ant v3\n")
     assert "installing requirements.txt" in first.stderr
-    again = run(house)
-    assert "'--env', 'Humanoid-v3', '--quant-m', '2'" in again.stdout
+    again = run(house / "run.sh")
+    assert again.stdout == ".venv/bin/python sac.py --env Humanoid-v3 --quant-m 2\n"
     assert again.stderr == ""
+    assert len(pip_calls(house)) == 1
+
+
+def test_peers_have_an_environment_of_their_own(house):
+    done = run(house / "run.sh", "experiments/peers.py", "--help")
+    assert done.stdout == ".venv-bench/bin/python experiments/peers.py --help\n"
+    (call,) = pip_calls(house)
+    assert call.startswith(".venv-bench/bin/python") and call.endswith(
+        "experiments/requirements.txt"
+    )
+    assert not (house / ".venv").exists()
+
+
+def test_changed_requirements_are_installed_again(house):
+    run(house / "run.sh")
+    (house / "requirements.txt").write_text("other\n")
+    assert "installing requirements.txt" in run(house / "run.sh").stderr
+    assert run(house / "run.sh").stderr == ""
+
+
+@pytest.mark.parametrize("script", ["run.sh", ".ci/run"])
+def test_from_any_folder_through_links_with_cdpath(house, script):
+    """CDPATH sends `cd house` to a folder of that name elsewhere, and prints where it went."""
+    other = house.parent / "elsewhere"
+    for name in ("house", ".ci", "real"):
+        (other / name).mkdir()
+    (other / "link").symlink_to(house / script)
+    (other / "linked").symlink_to(house)
+    (house / ".venv/bin").mkdir(parents=True)
+    (house / ".venv/bin/ruff").symlink_to("/bin/true")
+    environment = os.environ | {"CDPATH": str(other)}
+    arguments = ["x.py"] if script == "run.sh" else []
+    for command, folder in (
+        (str(house / script), other),
+        (str(other / "link"), house.parent),
+        (f"linked/{script}", other),
+        (f"house/{script}", house.parent),
+        (f"./{script}", house),
+    ):
+        done = run(command, *arguments, cwd=folder, env=environment)
+        assert done.stdout.startswith(".venv/bin/python "), (command, done.stderr)
+    assert len(pip_calls(house)) == 1
+    assert sorted(path.name for path in other.iterdir()) == [
+        ".ci",
+        "house",
+        "link",
+        "linked",
+        "real",
+    ]
 
 
 def test_a_failed_setup_says_so_and_leaves_no_venv_behind(house):
-    (house / "requirements.txt").write_text("./no-such-package\n")
-    failed = run(house)
+    (house / "pip-fails").write_text("no-such-package\n")
+    failed = run(house / "run.sh")
     assert failed.returncode not in (0, 3)
-    assert "no-such-package" in failed.stderr
+    assert failed.stdout == "no-such-package\n"
     assert failed.stderr.splitlines()[-1].startswith("run.sh: setting up .venv failed")
     assert not (house / ".venv").exists()
 
 
 def test_a_failed_update_keeps_the_venv_that_worked(house):
-    run(house)
-    (house / "requirements.txt").write_text("./no-such-package\n")
-    assert run(house).returncode not in (0, 3)
-    assert (house / ".venv/bin/python").exists()
-    (house / "requirements.txt").write_text("# nothing\n")
-    assert run(house).returncode == 3
+    run(house / "run.sh")
+    stamp = (house / ".venv/requirements.txt.stamp").read_text()
+    (house / "pip-fails").touch()
+    (house / "requirements.txt").write_text("other\n")
+    assert "installing requirements.txt into .venv failed" in run(house / "run.sh").stderr
+    assert (house / ".venv/requirements.txt.stamp").read_text() == stamp
+    (house / "pip-fails").unlink()
+    assert run(house / "run.sh").returncode == 3
+
+
+@pytest.mark.parametrize("pip_fails", [False, True])
+def test_a_venv_whose_python_is_gone_is_repaired_and_never_removed(house, pip_fails):
+    run(house / "run.sh")
+    python = house / ".venv/bin/python"
+    python.unlink()
+    python.symlink_to("/no/such/python")
+    (house / ".venv/mine").touch()
+    if pip_fails:
+        (house / "pip-fails").touch()
+        failed = run(house / "run.sh")
+        assert failed.returncode == 1 and "failed, see above" in failed.stderr
+        (house / "pip-fails").unlink()
+    assert run(house / "run.sh").returncode == 3
+    assert (house / ".venv/mine").exists()
+
+
+def test_without_python_it_is_one_line(house):
+    (house.parent / "bin/python3").unlink()
+    names = ("bash", "readlink", "cat", "cmp", "env")
+    for name in names:
+        (house.parent / "bin" / name).symlink_to(shutil.which(name))
+    environment = os.environ | {"PATH": str(house.parent / "bin")}
+    done = run(house / "run.sh", env=environment)
+    assert (done.returncode, done.stderr) == (1, "run.sh: Python 3.11 or newer is needed\n")

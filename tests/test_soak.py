@@ -1,13 +1,11 @@
 """experiments/soak.py, short and on hand-written samples: nothing here asserts a time."""
 
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import soak
 from speed import write_csv
 

@@ -1,4 +1,4 @@
-"""survey.py against naive loops, hand arithmetic, FixedPoint and Packed, and made-up robots."""
+"""experiments/survey.py against naive loops, hand arithmetic, the codecs, and made-up robots."""
 
 import math
 import os
@@ -14,14 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import envs
-import survey
-from quantize import FixedPoint, ObservationError, Packed
-from survey import Args, Column, column_groups, look_at
+from quantize import FixedPoint, Packed
+from support import envs
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "experiments"))
+import survey  # noqa: E402
+from survey import Args, Column, column_groups, look_at  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
-ROOT = Path(survey.__file__).parent
 
 
 class Robot(gym.Env):
@@ -80,41 +82,48 @@ def column(std=1.0, rms=(0.0,) * 4, low=-1.0, high=1.0, beyond=0.0):
     return Column(low=low, high=high, beyond=beyond, std=std, rms=list(rms), worst=list(rms))
 
 
-# ---- collecting ----
+# --- Collecting ----------------------------------------------------------------------------------
+
+
+def collect(steps: int, seed: int, env_id: str = "Robot-v0") -> np.ndarray:
+    return survey.collect(envs.make_vector(env_id, 1), steps, seed)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 17, 400])
-def test_collect_keeps_every_observation_in_order(steps):
-    env = Robot()
-    seen = survey.collect(env, steps, seed=5)
+def test_collect_keeps_every_observation_in_order(steps, robot):
+    robot()
+    seen = collect(steps, seed=5)
     assert seen.dtype == np.float64
     np.testing.assert_array_equal(seen, Robot.log)  # resets and final observations included
 
 
-def test_collect_is_seeded():
-    first, again, other = (survey.collect(Robot(), 50, seed) for seed in (5, 5, 6))
+def test_collect_is_seeded(robot):
+    robot()
+    first, again, other = (collect(50, seed) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert (first[:3, 1:] != other[:3, 1:]).all()
     assert len(np.unique(first[:, 1])) == 50  # episodes differ
 
 
-def test_actions_are_uniform_and_seeded():
-    survey.collect(Robot(), 3000, seed=5)
+def test_actions_are_uniform_and_seeded(robot):
+    robot()
+    collect(3000, seed=5)
     actions = np.array(Robot.actions)
     assert np.quantile(actions[:, 0], [0, 0.5, 1]) == pytest.approx([-2, 0.5, 3], abs=0.15)
     assert np.quantile(actions[:, 1], [0, 0.25, 1]) == pytest.approx([0, 0.25, 1], abs=0.05)
-    survey.collect(Robot(), 3000, seed=5)
+    collect(3000, seed=5)
     np.testing.assert_array_equal(actions, Robot.actions)
 
 
 @pytest.mark.parametrize("nan_at", [0, 4])
-def test_collect_refuses_nan(nan_at):
-    with pytest.raises(ObservationError, match=r"columns \[1\]"):
-        survey.collect(Robot(nan_at=nan_at), 10, seed=1)
+def test_collect_refuses_nan(nan_at, robot):
+    robot(nan_at=nan_at)
+    with pytest.raises(envs.EnvironmentFault, match=r"^Robot-v0 returned nan .* columns \[1\]"):
+        collect(10, seed=1)
     assert len(Robot.log) == nan_at + 1  # at once
 
 
-# ---- one column ----
+# --- One column ----------------------------------------------------------------------------------
 
 
 def test_column_by_hand():
@@ -158,7 +167,7 @@ def test_column_that_the_clamp_makes_constant():
     assert got.low < got.high
 
 
-# ---- groups ----
+# --- Groups --------------------------------------------------------------------------------------
 
 
 V5 = sorted(name for name in gym.registry if name.endswith("-v5"))
@@ -167,7 +176,7 @@ V5 = sorted(name for name in gym.registry if name.endswith("-v5"))
 @pytest.mark.parametrize("env_id", [*V5, *envs.V3_TASKS])
 def test_groups_partition_the_columns(env_id):
     env = envs.make(env_id)
-    columns = [look_at(values, 127) for values in survey.collect(env, 20, seed=1).T]
+    columns = [look_at(values, 127) for values in collect(20, 1, env_id).T]
     groups = column_groups(env, columns)
     assert all(groups.values())
     indices = list(chain(*groups.values()))
@@ -185,8 +194,8 @@ def test_groups_partition_the_columns(env_id):
 
 @pytest.mark.parametrize("env_id", ["Humanoid-v5", "Hopper-v5", "Swimmer-v5", "HalfCheetah-v5"])
 def test_groups_hold_what_they_are_named_after(env_id):
-    env = envs.make(env_id)
-    obs = survey.collect(env, 60, seed=1)[-1]
+    vector = envs.make_vector(env_id, 1)
+    env, obs = vector.envs[0], survey.collect(vector, 60, seed=1)[-1]
     groups = column_groups(env, [column()] * len(obs))
     assert {"qpos", "qvel"} <= set(groups)
     for name, indices in groups.items():
@@ -227,7 +236,7 @@ def test_groups_follow_a_structure_only_if_it_fits(structure, groups):
     assert env.observation_structure == structure
 
 
-# ---- storage ----
+# --- Storage -------------------------------------------------------------------------------------
 
 
 BOUNDS = [1, 1.2, 8, 12.7, 12.8, 127, 127.5, 128, 327.67, 327.68, 3276.7, 4000, 32767, 40_000]
@@ -247,7 +256,7 @@ def test_storage_is_that_of_the_codecs(b, n):
             continue
         assert f"torch.{cells['type']}" == str(plain.dtype)
         assert int(cells["codes to"].replace(",", "")) == plain.encode(np.array([b])).item()
-        assert int(cells["bits"]) == packed.bits
+        assert int(cells["bits"]) == packed.bits_per_value
         for name, codec in (("bytes", plain), ("packed", packed)):
             width, dtype = codec.row(n)
             assert int(cells[name].replace(",", "")) == width * dtype.itemsize
@@ -263,7 +272,7 @@ def test_storage_of_humanoid_by_hand():
     ]
 
 
-# ---- recommending ----
+# --- Recommending --------------------------------------------------------------------------------
 
 
 def spread(*fine_from):
@@ -318,7 +327,7 @@ def test_rounded_bound_holds_and_is_near(peak):
     assert bound <= max(math.ceil(peak), 1.1 * peak)
 
 
-# ---- printing ----
+# --- Printing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -404,8 +413,8 @@ def test_beyond_int32_only_clamping_is_left(robot, capsys):
     out = show(capsys, env=robot(middles=[0] * 2, spans=[0.01, 5e6]), steps=200)
     assert "Not even int32 holds it all at m = 3" in out
     assert commands(out) == [(3, 127)]
-    out = show(capsys, env=robot(middles=[0] * 2, spans=[0.01, 1.7e308]), steps=20)
-    assert "|s| <= inf reaches 1.7e+308" in out
+    out = show(capsys, env=robot(middles=[0] * 2, spans=[0.01, 3e38]), steps=20)
+    assert "|s| <= 1e+39 reaches 3e+38" in out
     assert commands(out) == [(3, 127)]
 
 
@@ -473,7 +482,7 @@ def test_humanoids_in_a_terminal(env_id, capsys):
         assert out.count(" reaches ") == 1
 
 
-# ---- bad input ----
+# --- Bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -497,24 +506,32 @@ def test_bad_input_is_one_line(bad, said, capsys):
         survey.main(Args(**{"env": "Pendulum-v1", **bad}))
     out, err = capsys.readouterr()
     assert (caught.value.code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("quantize.py: error: ")
+    assert err.startswith("survey.py: error: ")
     assert said in err
 
 
 def test_the_command(tmp_path):
-    """As a user runs it, where quantize.py is __main__ and survey.py imports it a second time."""
+    """As a user runs it, from a folder that is not the repository."""
     (tmp_path / "odd.py").write_text(
         "import gymnasium, test_survey\n"
         "gymnasium.register('Odd-v0', test_survey.Robot, kwargs=dict(nan_at=4))\n"
     )
     path = os.pathsep.join(map(str, (tmp_path, ROOT / "tests")))
-    done = subprocess.run(
-        [sys.executable, ROOT / "quantize.py", "--env", "odd:Odd-v0", "--steps", "5"],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "quantize.py: error: odd:Odd-v0 returned nan or inf in observation columns [1]\n"
-    )
+
+    def run(*words: str) -> tuple:
+        done = subprocess.run(
+            [sys.executable, ROOT / "experiments/survey.py", *words],
+            env={**os.environ, "PYTHONPATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = run("--env", "Pendulum-v1", "--steps", "50")
+    assert (code, err) == (0, "")
+    assert out.startswith("Pendulum-v1: 50 observations under random actions, seed 1\n")
+    said = "survey.py: error: odd:Odd-v0 returned nan or inf in observation columns [1] as float32"
+    assert run("--env", "odd:Odd-v0", "--steps", "5") == (1, "", said + "\n")
+    code, out, _ = run("--help")
+    assert code == 0 and "recommend decimals m and bound b" in out

@@ -1,6 +1,6 @@
-"""Which m and b suit a robot: what its observations span, what clamping and rounding do to them.
+"""Which m and b suit a robot: the range of its observations, and what clamping and rounding lose.
 
-    python quantize.py --env Humanoid-v5 --steps 20000
+    python experiments/survey.py --env Humanoid-v5 --steps 20000
 
 A column counts as fine at m if its RMS rounding error is at most `FINE` of its standard deviation.
 The m recommended is the smallest at which `ENOUGH` of the varying columns are fine. The bound stays
@@ -12,12 +12,15 @@ import math
 import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import tyro
 
-import envs
-from quantize import FixedPoint, ObservationError, bits, check_finite, quantize, stored_bits
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from quantize import FixedPoint, bits, quantize, stored_bits
+from support.envs import EnvironmentFault, VectorEnv, make_vector
 
 DECIMALS = range(4)
 # 10% of the deviation is 1% of the variance. With 80% of the columns this gives 1 or 2 on the
@@ -40,42 +43,37 @@ class Args:
     """Seed of the environment and of the actions."""
 
 
-# ---- look ----
+# --- Look ----------------------------------------------------------------------------------------
 
 
-def collect(env: gym.Env, steps: int, seed: int) -> np.ndarray:
-    """What a buffer would store under random actions, first and final observations included.
+def collect(envs: VectorEnv, steps: int, seed: int) -> np.ndarray:
+    """The observations that a buffer would store under random actions, final ones included.
+
+    Args:
+        envs: a single environment.
+        steps: how many observations.
+        seed: of the environment and of the actions.
 
     Returns:
         (steps, n) float64.
 
     Raises:
         ValueError: so many have no room.
-        ObservationError: nan or inf.
-        EnvironmentFault: it raised, or returned what is no observation; the message says what.
+        EnvironmentFault: see there.
     """
-    env.action_space.seed(seed)
-    shape, ended = env.observation_space.shape, True
+    envs.action_space.seed(seed)
     try:
-        seen = np.empty((steps, *shape), np.float64)
+        seen = np.empty((steps, envs.single_observation_space.shape[0]), np.float64)
     except (MemoryError, ValueError) as error:
         raise ValueError(f"--steps {steps} is too many: {error}") from None
-    for i in range(steps):
-        try:
-            if ended:
-                obs, _ = env.reset(seed=seed if i == 0 else None)
-                ended = False
-            else:
-                obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
-                ended = terminated or truncated
-            found = np.asarray(obs)
-        except Exception as error:
-            raise envs.raised(error) from error
-        if found.shape != shape or not np.can_cast(found.dtype, np.float64, "same_kind"):
-            what = f"{found.dtype} of shape {found.shape}"
-            raise envs.EnvironmentFault(f"returned an observation that is {what}, not {shape}")
-        check_finite(found)
-        seen[i] = found
+    seen[0] = envs.reset(seed=seed)[0]
+    ended = False
+    for i in range(1, steps):
+        if ended:
+            seen[i], ended = envs.reset()[0], False
+        else:
+            seen[i], _, terminated, truncated, _ = envs.step(envs.action_space.sample())
+            ended = terminated[0] or truncated[0]
     return seen
 
 
@@ -146,7 +144,7 @@ def column_groups(env: gym.Env, columns: list[Column]) -> dict[str, list[int]]:
     return groups
 
 
-# ---- recommend ----
+# --- Recommend -----------------------------------------------------------------------------------
 
 
 def fine_share(columns: list[Column], m: int, limit: float = FINE) -> float:
@@ -156,7 +154,7 @@ def fine_share(columns: list[Column], m: int, limit: float = FINE) -> float:
 
 
 def storage_width(m: int, b: float) -> int | None:
-    """Bits of the type that `FixedPoint(m, b)` stores; None beyond int32, where it refuses."""
+    """Bits of the integer type of `FixedPoint(m, b)`; None beyond int32, which it refuses."""
     return next((width for width in (8, 16, 32) if stored_bits(m, b) <= width), None)
 
 
@@ -173,7 +171,7 @@ def round_up(peak: float) -> int:
     return -(-whole // unit) * unit
 
 
-# ---- print ----
+# --- Print ---------------------------------------------------------------------------------------
 
 
 def percent(share: float) -> str:
@@ -181,7 +179,7 @@ def percent(share: float) -> str:
 
 
 def ranges(indices: list[int], width: int = 40) -> str:
-    """Ascending indices as "0-21, 45", cut to `width` characters."""
+    """Ascending indices as "0-21, 45", in at most `width` characters."""
     runs: list[list[int]] = []
     for i in indices:
         if runs and i == runs[-1][1] + 1:
@@ -275,8 +273,8 @@ def advise_b(groups: dict[str, list[int]], columns: list[Column], b: float, m: i
         outside = [i for i in indices if columns[i].peak > b]
         if outside:
             reached = max(columns[i].peak for i in outside)
-            places = f"{len(outside)} of {len(indices)} columns, {ranges(outside, 60)}"
-            print(f"   {name} reaches {reached:.5g}, in {places}")
+            where = f"{len(outside)} of {len(indices)} columns, {ranges(outside, 60)}"
+            print(f"   {name} reaches {reached:.5g}, in {where}")
     hold = round_up(peak)
     narrow, wide = storage_width(m, b), storage_width(m, hold)
     if wide is None:
@@ -318,19 +316,21 @@ def main(args: Args) -> None:
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed} must not be negative")
         FixedPoint(0, args.quant_b)  # refuses what is no bound
-        env = envs.make(args.env)
-        seen = collect(env, args.steps, args.seed)
-    except ObservationError as error:
-        sys.exit(f"quantize.py: error: {args.env} returned {error}")
-    except envs.EnvironmentFault as error:
-        sys.exit(f"quantize.py: error: {args.env} {error}")
+        envs = make_vector(args.env, 1)
+        seen = collect(envs, args.steps, args.seed)
+    except EnvironmentFault as error:
+        sys.exit(f"survey.py: error: {error}")
     except (ValueError, MemoryError) as error:
-        print(f"quantize.py: error: {error}", file=sys.stderr)
+        print(f"survey.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     columns = [look_at(values, args.quant_b) for values in seen.T]
-    groups = column_groups(env, columns)
-    env.close()
+    groups = column_groups(envs.envs[0], columns)
+    envs.close()
     print(f"{args.env}: {args.steps:,} observations under random actions, seed {args.seed}\n")
     print_groups(groups, columns, args.quant_b)
     print_storage(columns, args.quant_b)
     print_advice(args.env, groups, columns, args.quant_b)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

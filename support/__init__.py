@@ -1,0 +1,1 @@
+"""What a run needs besides the algorithm: environments, networks, recording, folders, checkpoints."""

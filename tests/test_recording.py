@@ -1,0 +1,419 @@
+"""support/recording.py: replays against autograd itself, and what must not go wrong in silence."""
+
+import itertools
+import warnings
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch import nn
+
+from support.networks import Critic, flatten
+from support.recording import Recorded, StaleRecording, check_recordings
+
+pytestmark = pytest.mark.filterwarnings("error")  # no loss falls back unless a test says so
+
+
+def weights(*shapes: tuple[int, ...]) -> tuple[nn.Parameter, list[nn.Parameter]]:
+    """A vector of random parameters, and its views of these shapes."""
+    views = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    return flatten(*views), views
+
+
+def assert_close(ours, theirs, rtol: float = 1e-5) -> None:
+    """Equal to rtol of the largest entry."""
+    ours, theirs = ([x] if isinstance(x, torch.Tensor) else x for x in (ours, theirs))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert (mine.shape, mine.dtype) == (expected.shape, expected.dtype)
+        scale = expected.double().abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(mine, expected, rtol=rtol, atol=rtol * scale, equal_nan=True)
+
+
+def assert_agrees(function, parameters, make_inputs, calls: int = 4) -> Recorded:
+    """Recorded and eager give the same results, gradients and random numbers, at every call."""
+    recorded, eager = Recorded(function, parameters), Recorded(function, parameters, eager=True)
+    for _ in range(calls):
+        inputs = make_inputs()
+        before, state = [x.clone() for x in inputs], torch.get_rng_state()
+        with torch.no_grad():
+            ours, gradient = recorded(*inputs), parameters.grad.clone()
+            after = torch.get_rng_state()
+            torch.set_rng_state(state)
+            theirs, expected = eager(*inputs), parameters.grad.clone()
+        assert torch.equal(after, torch.get_rng_state())
+        assert all(torch.equal(x, same) for x, same in zip(inputs, before, strict=True))
+        assert_close(ours, theirs)
+        assert_close(gradient, expected)
+        with torch.no_grad():
+            parameters += 0.1 * torch.randn_like(parameters)
+    check_recordings(recorded)
+    return recorded
+
+
+# --- Recorded and eager agree --------------------------------------------------------------------
+
+
+def overwriting(x, w):
+    y = (x * w).clone()
+    y[:, 0] *= 2
+    y[1] = 0
+    return y.square().sum()
+
+
+def through_a_view(x, w):
+    y = x * w
+    y.view(-1).mul_(2)
+    return y.square().sum()
+
+
+LOSSES = {
+    "relu": lambda x, w: F.relu(x * w).square().mean(),
+    "relu_": lambda x, w: F.relu_(x * w).square().mean(),
+    "overwriting": overwriting,
+    "through a view": through_a_view,
+    "elu": lambda x, w: F.elu(x * w).sum(),
+    "leaky relu": lambda x, w: F.leaky_relu(x * w).square().sum(),
+    "gelu": lambda x, w: F.gelu(x * w).sum(),
+    "layer norm": lambda x, w: F.layer_norm(x * w, (4,)).pow(3).sum(),
+    "huber": lambda x, w: F.smooth_l1_loss(x * w, x),
+    "where": lambda x, w: torch.where(x > 0, x * w, 0.0).sum(),
+    "clamp": lambda x, w: (x * w).clamp(-0.3, 0.3).square().sum() + (x - w).clamp(min=0).sum(),
+    "minima": lambda x, w: ((x * w).amin(0) + (x * w).min(0).values).sum() - (x * w).amax(),
+    "numbers": lambda x, w: (2 / (1 + (x * w) ** 2) - (1 - x * w) / 3).sum(),
+    "mixed dtypes": lambda x, w: ((x.double() * w * 3).sum() + ((x > 0) * 3 * w).sum()).float(),
+    "integers": lambda x, w: ((10 * x).int() // 3 * w).sum(),
+    "indices": lambda x, w: (x * w)[[0, 0, 2]].square().sum(),
+    "gather": lambda x, w: (x * w).gather(1, x.argsort(1))[:, 0].sum(),
+    "order": lambda x, w: (x * w).sort(1).values[:, 1:].sum() + (x * w).topk(2, 1).values.sum(),
+    "spread": lambda x, w: (x * w).std(1).mean() + (x * w).var(),
+    "softmax": lambda x, w: (x * w).log_softmax(1)[:, 0].mean() + (x * w).logsumexp(1).sum(),
+    "views": lambda x, w: (w.T.reshape(5, 4) * x).chunk(2, 1)[1].sum() + (w.unbind(0)[2] * x).sum(),
+    "constants": lambda x, w: (x * w * torch.arange(4) * torch.full((4,), 2.0)).sum(),
+    "second derivative": lambda x, w: torch.autograd.grad(
+        (x * w).square().sum(), w, create_graph=True
+    )[0].square().sum(),
+    "dropout": lambda x, w: F.dropout(x * w, 0.5).sum(),
+    "noise": lambda x, w: (x * w + torch.randn_like(x) - torch.randn_like(x)).square().sum(),
+    "noise without an input": lambda x, w: (x * w * torch.randn(5, 4)).square().sum(),
+    "noise in place": lambda x, w: (x * w * torch.empty(5, 4).uniform_()).square().sum(),
+    "shuffled": lambda x, w: (x * w)[torch.randperm(5)][:2].sum(),
+    "no gradient": lambda x, w: 0 * w.sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_recorded_loss_agrees_with_autograd(name):
+    torch.manual_seed(0)
+    vector, (w,) = weights((5, 4))
+    recorded = assert_agrees(lambda x: LOSSES[name](x, w), vector, lambda: [torch.randn(5, 4)])
+    assert not recorded.eager and len(recorded.replays) == 1
+    assert name == "no gradient" or vector.grad.abs().max() > 0
+
+
+OPERATIONS = {
+    "mul": lambda x, y, _: x * y,
+    "add": lambda x, y, _: x + y,
+    "sub": lambda x, y, _: x - 0.5 * y,
+    "number": lambda x, y, _: 1.5 - x / 2,
+    "relu": lambda x, y, _: x.relu(),
+    "relu_": lambda x, y, _: (x + y).relu_(),
+    "tanh": lambda x, y, _: x.tanh(),
+    "exp": lambda x, y, _: x.clamp(-3, 3).exp(),
+    "clamp": lambda x, y, _: x.clamp(-0.5, 1.0),
+    "square": lambda x, y, _: x.tanh().square(),
+    "amin": lambda x, y, _: x - y.amin(0),
+    "min": lambda x, y, _: torch.min(x, y),
+    "where": lambda x, y, _: torch.where(x > y, x, 0.0),
+    "cat": lambda x, y, _: torch.cat([x, y], 1)[:, 1:4],
+    "sum": lambda x, y, _: x + y.sum(0) / 4,
+    "mean": lambda x, y, _: x - y.mean(),
+    "matmul": lambda x, y, v: x @ v + y,
+    "detach": lambda x, y, _: x * y.detach(),
+}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 11), st.integers(0, 11)),
+        min_size=1,
+        max_size=10,
+    )
+)
+def test_any_small_expression_agrees_with_autograd(steps):
+    torch.manual_seed(0)
+    vector, (w, v) = weights((4, 3), (3, 3))
+
+    def loss(x, y):
+        values = [x, y, w, x * w]
+        for name, i, j in steps:
+            chosen = values[i % len(values)], values[j % len(values)]
+            values.append(OPERATIONS[name](*chosen, v).clamp(-50, 50))
+        return values[-1].square().mean() + (v * v).sum(), *values[4:]
+
+    with warnings.catch_warnings():  # a product that stands twice and is overwritten once
+        warnings.filterwarnings("default", "loss cannot be recorded.*gives other numbers")
+        assert_agrees(loss, vector, lambda: [torch.randn(4, 3), torch.randn(4, 3)], calls=3)
+
+
+def test_three_critics_agree_with_autograd_to_the_last_layer():
+    torch.manual_seed(0)
+    critic = Critic(3, 1, 8, count=3)
+
+    def loss(obs, action, y):
+        return (critic(obs, action) - y).square().mean()
+
+    assert_agrees(
+        loss, flatten(critic), lambda: [torch.randn(16, 3), torch.randn(16, 1), torch.randn(16)]
+    )
+    assert all(view.abs().sum() > 0 for view in critic.parameters())
+
+
+def test_results_have_their_own_shapes_and_dtypes_and_no_graph():
+    vector, (w,) = weights((5, 4))
+
+    def loss(x):
+        y = x * w
+        return y.mean(), y, y[0], x > 0, y.argmax(1), y.double().sum(), y.new_zeros(0)
+
+    recorded = assert_agrees(loss, vector, lambda: [torch.randn(5, 4)])
+    results = recorded(torch.randn(5, 4))
+    shapes = [(), (5, 4), (4,), (5, 4), (5,), (), (0,)]
+    assert [tuple(result.shape) for result in results] == shapes
+    assert not any(result.requires_grad for result in results)
+    kept = [result.clone() for result in results]
+    recorded(torch.randn(5, 4))
+    assert all(map(torch.equal, results, kept))  # a later call leaves them alone
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_function_without_parameters_needs_no_loss(eager):
+    torch.manual_seed(0)
+    _, (w,) = weights((4, 2))
+    recorded = Recorded(lambda x: x @ w, eager=eager)
+    for rows in (3, 1, 3):
+        x = torch.randn(rows, 4)
+        result = recorded(x)  # one result is no tuple
+        assert torch.allclose(result, x @ w) and not result.requires_grad
+    module = nn.Linear(4, 2)
+    assert Recorded(module, eager=eager)(torch.randn(3, 4)).shape == (3, 2)
+
+
+def test_every_shape_has_a_recording_of_its_own():
+    """As PPO's last minibatch, which may be smaller."""
+    torch.manual_seed(0)
+    vector, (w,) = weights((4,))
+    rows = itertools.cycle([256, 256, 37, 1])
+    recorded = assert_agrees(
+        lambda x: (x * w - x.mean()).square().mean(), vector,
+        lambda: [torch.randn(next(rows), 4)], calls=8,
+    )  # fmt: skip
+    assert [shapes[0][0] for shapes in recorded.replays] == [256, 37, 1]
+
+
+def test_results_of_one_function_go_into_another():
+    """They are tensors of inference mode, which autograd refuses."""
+    torch.manual_seed(0)
+    vector, (w,) = weights((4,))
+    target = Recorded(lambda x: 2 * x)
+    for eager in (False, True):
+        gradient = Recorded(lambda x, y: (x * w - y).square().mean(), vector, eager)
+        x = torch.randn(3, 4)
+        assert target(x).is_inference()
+        gradient(x, target(x))
+        expected = (2 / 12 * (x * w - 2 * x) * x).sum(0)
+        assert_close(vector.grad, expected.detach())
+        check_recordings(target, gradient)
+
+
+# --- What changes between calls ------------------------------------------------------------------
+
+
+def test_tensors_that_are_changed_in_place_are_followed():
+    vector, (w,) = weights((3,))
+    scale, views = torch.tensor(1.0), torch.arange(6.0).view(2, 3)
+    recorded = Recorded(lambda x: (x * w * scale * views[1]).sum(), vector)
+    x = torch.ones(3)
+    for factor in (1.0, 5.0, -2.0):
+        scale.fill_(factor)
+        views[1] = torch.tensor([1.0, 2.0, factor])
+        recorded(x)
+        assert vector.grad.tolist() == [factor, 2 * factor, factor**2]
+    check_recordings(recorded)
+
+
+def test_parameters_are_followed_through_adam_and_load_state_dict():
+    torch.manual_seed(0)
+    network, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    vector = flatten(network)
+    recorded = Recorded(lambda x: network(x).square().mean(), vector)
+    adam, x = torch.optim.Adam([vector], 0.1, fused=True), torch.randn(5, 3)
+    losses = [recorded(x).item()]
+    adam.step()
+    losses.append(recorded(x).item())
+    network.load_state_dict(other.state_dict())
+    losses.append(recorded(x).item())
+    assert losses[1] < losses[0] and len({*losses}) == 3
+    assert losses[2] == pytest.approx(other(x).square().mean().item())
+
+
+def test_a_python_number_that_changes_stops_the_run_at_the_next_check():
+    vector, (w,) = weights((3,))
+    settings_of_run = {"gamma": 0.5}
+
+    def my_loss(x):
+        return (settings_of_run["gamma"] * x * w).sum()
+
+    recorded, eager = Recorded(my_loss, vector), Recorded(my_loss, vector, eager=True)
+    x = torch.ones(3)
+    recorded(x), eager(x)
+    check_recordings(recorded, eager)
+    settings_of_run["gamma"] = 0.9
+    recorded(x)
+    assert vector.grad.tolist() == [0.5] * 3
+    eager(x)
+    assert vector.grad == pytest.approx([0.9] * 3)
+    check_recordings(eager, Recorded(my_loss, vector))  # nothing was recorded: nothing is stale
+    with pytest.raises(StaleRecording, match=r"my_loss .* Python value .* tensor, or use --eager"):
+        check_recordings(eager, recorded)
+
+
+def test_a_check_changes_neither_gradients_nor_random_numbers():
+    torch.manual_seed(0)
+    vector, (w,) = weights((3,))
+    recorded = Recorded(lambda x: (x * w + torch.randn(3)).square().sum(), vector)
+    recorded(torch.ones(3))
+    before, state = vector.grad.clone(), torch.get_rng_state()
+    check_recordings(recorded)
+    assert torch.equal(vector.grad, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_numbers_are_fresh_at_every_replay_and_those_of_eager():
+    def sample(x):
+        return x + torch.randn_like(x), torch.rand(2)
+
+    streams = []
+    for eager in (False, True):
+        torch.manual_seed(7)
+        drawn, x = Recorded(sample, eager=eager), torch.zeros(3)
+        streams.append(torch.cat([part for _ in range(4) for part in drawn(x)]))
+    assert torch.equal(*streams)
+    assert len(streams[0].unique()) == 4 * 5
+
+
+# --- What cannot be recorded ---------------------------------------------------------------------
+
+
+def test_a_loss_that_branches_falls_back_with_one_warning():
+    torch.manual_seed(0)
+    vector, (w,) = weights((4,))
+
+    def branching(x):
+        noisy = x * w + torch.randn(4)
+        return noisy.sum() if x.sum() > 0 else (3 * noisy).square().sum()
+
+    recorded, eager = Recorded(branching, vector), Recorded(branching, vector, eager=True)
+    signs = set()
+    with pytest.warns(UserWarning, match="^branching cannot be recorded.* branches") as caught:
+        for rows in (2, 2, 3, 5, 5, 5):
+            x, state = torch.randn(rows, 4), torch.get_rng_state()
+            signs.add((x.sum() > 0).item())
+            ours, gradient = recorded(x), vector.grad.clone()
+            after = torch.get_rng_state()
+            torch.set_rng_state(state)
+            assert torch.equal(ours, eager(x)) and torch.equal(gradient, vector.grad)
+            assert torch.equal(after, torch.get_rng_state())
+    assert len(caught) == 1 and signs == {True, False}
+    assert caught[0].filename == __file__  # where it is called
+    check_recordings(recorded)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x, w: (x * w)[x > 0].mean(), "size of a result depends on"),
+        (lambda x, w: (x * w).sum() * x[0, 0].item(), "turns one into a number"),
+        (lambda x, w: (x * w).sum() * len(x.unique()), "size of a result depends on"),
+        (lambda x, w: (x * w + torch.from_numpy(x.numpy().copy())).square().sum(), "other numbers"),
+        (lambda x, w: torch.zeros_like(x).add_(x).mul(w).sum(), "other numbers"),
+    ],
+)
+def test_what_a_tape_cannot_hold_falls_back_too(function, reason):
+    torch.manual_seed(0)
+    vector, (w,) = weights((5, 4))
+    with pytest.warns(UserWarning, match=reason) as caught:
+        recorded = assert_agrees(lambda x: function(x, w), vector, lambda: [torch.randn(5, 4)])
+    assert len(caught) == 1 and recorded.eager
+
+
+@pytest.mark.parametrize("shape", [(1, 4), ()])
+def test_a_single_row_cannot_hide_what_the_tape_froze(shape):
+    """As when SAC or PPO act in one environment."""
+    with pytest.warns(UserWarning, match="other numbers"):
+        recorded = Recorded(lambda x: x + torch.from_numpy(x.numpy().copy()))
+        recorded(torch.ones(shape))
+    assert torch.equal(recorded(torch.full(shape, 3.0)), torch.full(shape, 6.0))
+
+
+def test_a_number_passed_in_as_a_tensor_may_change():
+    vector, (w,) = weights((3,))
+    recorded = Recorded(lambda x, scale: (scale * x * w).sum(), vector)
+    for scale in (1.0, 2.0):
+        recorded(torch.ones(3), torch.tensor(scale))
+        assert vector.grad.tolist() == [scale] * 3
+    check_recordings(recorded)
+
+
+def test_an_error_of_the_function_itself_is_raised_as_it_is():
+    vector, (w,) = weights((3,))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        Recorded(lambda x: (x * w).sum(), vector)(torch.ones(4))
+    with pytest.raises(ZeroDivisionError):
+        Recorded(lambda x: x / (1 // 0), vector)(torch.ones(4))
+
+
+def test_eager_records_nothing(monkeypatch):
+    monkeypatch.setattr(Recorded, "_record", None)
+    vector, (w,) = weights((3,))
+    seen = []
+    eager = Recorded(lambda x: seen.append(x.tolist()) or (x * w).sum(), vector, eager=True)
+    for value in (1.0, 2.0):
+        eager(torch.full((3,), value))
+        assert vector.grad.tolist() == [value] * 3
+    assert seen == [[1.0] * 3, [2.0] * 3] and not eager.replays
+    check_recordings(eager)
+
+
+# --- What is not finite --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "x", "says"),
+    [
+        (lambda x, w: (x * w).sum(), torch.nan, "is nan"),
+        (lambda x, w: (x * w.abs()).sum(), torch.inf, "is inf"),
+        (lambda x, w: (x * w).sum(), 1e30, r"norm of its gradient"),  # its square overflows
+        (lambda x, w: (w - w + x - x).sqrt().sum(), 1.0, r"norm of its gradient nan"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_adams_step(loss, x, says, eager):
+    vector, (w,) = weights((3,))
+
+    def my_loss(x):
+        return loss(x, w)
+
+    recorded, adam = Recorded(my_loss, vector, eager), torch.optim.Adam([vector], 0.1, fused=True)
+    before = vector.detach().clone()
+    with pytest.raises(FloatingPointError, match=f"my_loss .*{says}"):
+        recorded(torch.full((3,), x))
+        adam.step()
+    assert torch.equal(vector, before) and torch.equal(w, before)
+
+
+def test_a_result_beside_the_loss_may_be_infinite():
+    vector, (w,) = weights((3,))
+    _, infinite = Recorded(lambda x: ((x * w).sum(), x / 0), vector)(torch.ones(3))
+    assert infinite.isinf().all()
