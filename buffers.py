@@ -25,7 +25,7 @@ class ClampCount:
     Attributes:
         seen, clipped: numbers of values so far, and of those that lay beyond the codec's bound.
         max_abs: largest |s| so far.
-        column_peak: (n,) float64, largest |s| beyond the bound per column, 0 where there was none;
+        column_peak: largest |s| beyond the bound for each of the n columns, 0 where there was none;
             None while nothing was clamped.
     """
 
@@ -34,7 +34,7 @@ class ClampCount:
         self.seen = 0
         self.clipped = 0
         self.max_abs = 0.0
-        self.column_peak: np.ndarray | None = None
+        self.column_peak: list[float] | None = None
 
     def count(self, obs: np.ndarray) -> None:
         """Count (k, n) observations that are about to be stored.
@@ -42,7 +42,7 @@ class ClampCount:
         Raises:
             ValueError: nan or inf; nothing is counted then. The message names the columns.
         """
-        magnitude = np.abs(obs)
+        magnitude = np.abs(obs, dtype=np.float64)
         peak = float(magnitude.max(initial=0.0))  # nan if any is: then the comparison fails too
         if not peak <= self.codec.b:
             if not math.isfinite(peak):
@@ -50,8 +50,7 @@ class ClampCount:
                 raise ValueError(f"nan or inf in observation columns {columns_of(bad)}")
             beyond = magnitude > self.codec.b
             peaks = np.where(beyond, magnitude, 0.0).max(0)
-            before = 0.0 if self.column_peak is None else self.column_peak
-            self.column_peak = np.maximum(before, peaks)
+            self.column_peak = np.maximum(self.column_peak or 0.0, peaks).tolist()
             self.clipped += int(np.count_nonzero(beyond))
         self.seen += obs.size
         self.max_abs = max(self.max_abs, peak)
@@ -68,25 +67,23 @@ class ClampCount:
         remedy = self.codec.remedy.format(bound=math.ceil(self.max_abs))
         return (
             f"{self.clipped:,} of {self.seen:,} observation values lay beyond +-{self.codec.b:g} "
-            f"and were clamped, in columns {columns_of(self.column_peak > 0)}; "
+            f"and were clamped, in columns {columns_of(np.array(self.column_peak) > 0)}; "
             f"{remedy} would hold them"
         )
 
     def state_dict(self) -> dict:
         """The counts, for a checkpoint."""
-        peak = None if self.column_peak is None else torch.from_numpy(self.column_peak.copy())
         return {
             "seen": self.seen,
             "clipped": self.clipped,
             "max_abs": self.max_abs,
-            "column_peak": peak,
+            "column_peak": self.column_peak,
         }
 
     def load_state_dict(self, saved: dict) -> None:
         """Take over what `state_dict` returned."""
         self.seen, self.clipped = saved["seen"], saved["clipped"]
-        self.max_abs, peak = saved["max_abs"], saved["column_peak"]
-        self.column_peak = None if peak is None else peak.numpy().copy()
+        self.max_abs, self.column_peak = saved["max_abs"], saved["column_peak"]
 
 
 def array_bytes(buffer: object) -> int:
@@ -107,8 +104,8 @@ class RolloutBatch(NamedTuple):
 class RolloutBuffer:
     """PPO's on-policy buffer, refilled for every update. Its arrays are (n_steps, num_envs, ...).
 
-    `add` fills all but advantages and returns, which the caller sets as whole arrays after the
-    last step, as ppo.py does.
+    `add` fills obs, actions, values, rewards and ends step by step. log_probs, advantages and
+    returns are whole arrays for the caller to set, as ppo.py does.
 
     Args:
         codec: how observations are stored.
@@ -160,7 +157,6 @@ class RolloutBuffer:
         self,
         obs: np.ndarray,
         action: np.ndarray,
-        log_prob: np.ndarray,
         value: np.ndarray,
         reward: np.ndarray,
         end: np.ndarray,
@@ -169,7 +165,7 @@ class RolloutBuffer:
 
         Args:
             obs: (num_envs, n), what the action was chosen on.
-            action: (num_envs, k), as sampled; log_prob, value: (num_envs,), from the networks.
+            action: (num_envs, k), as sampled. value: (num_envs,), from the network.
             reward: (num_envs,), with gamma * V(final obs) added where the episode was truncated.
             end: (num_envs,) bool, the episode ended with this step, either way.
 
@@ -180,7 +176,6 @@ class RolloutBuffer:
         t = self.step
         self.obs[t] = self.codec.pack(self.codec.encode(obs))
         self.actions.numpy()[t] = action
-        self.log_probs.numpy()[t] = log_prob
         self.values.numpy()[t] = value
         self.rewards.numpy()[t] = reward
         self.ends.numpy()[t] = end
@@ -354,15 +349,14 @@ class ReplayBuffer:
             if done:
                 self._advance(env)  # beyond the final observation
 
-    def _beside_head(self, env: int, step: int) -> int:
-        """The row step rows after the head of an env, going round in its ring."""
-        return env * self.ring + (self.head[env] + step) % self.ring
+    def _beside_head(self, env: int, by: int) -> int:
+        """The row that lies `by` rows after the head of an env, going round in its ring."""
+        return env * self.ring + (self.head[env] + by) % self.ring
 
     def _advance(self, env: int) -> int:
-        """Move the head of an env to the next row, whose transition, the oldest one, is forgotten.
+        """Move the head of an env to the next row, and return it.
 
-        Returns:
-            That row.
+        What was stored there, the oldest row of a full ring, no longer begins a transition.
         """
         self.head[env] = row = self._beside_head(env, 1)
         self.fill[env] = min(self.fill[env] + 1, self.ring)
@@ -408,13 +402,12 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         """For a checkpoint: the rows in use, not copied, and the bookkeeping."""
-        fill = self.fill
         return {
-            "obs": self.obs.state_dict(fill),
-            "actions": stored(self.actions, fill),
-            "rewards": stored(self.rewards, fill),
-            "terminated": stored(self.terminated, fill),
-            "is_start": stored(self.is_start, fill),
+            "obs": self.obs.state_dict(self.fill),
+            "actions": stored(self.actions, self.fill),
+            "rewards": stored(self.rewards, self.fill),
+            "terminated": stored(self.terminated, self.fill),
+            "is_start": stored(self.is_start, self.fill),
             "head": list(self.head),
             "fill": list(self.fill),
             "clamped": self.clamped.state_dict(),
@@ -427,13 +420,12 @@ class ReplayBuffer:
         Raises:
             ValueError: rows that this buffer does not have.
         """
-        self.head, fill = list(saved["head"]), list(saved["fill"])
-        self.fill = fill
-        self.obs.load_state_dict(saved["obs"], fill)
-        restore(self.actions, fill, saved["actions"])
-        restore(self.rewards, fill, saved["rewards"])
-        restore(self.terminated, fill, saved["terminated"])
-        restore(self.is_start, fill, saved["is_start"])
+        self.head, self.fill = list(saved["head"]), list(saved["fill"])
+        self.obs.load_state_dict(saved["obs"], self.fill)
+        restore(self.actions, self.fill, saved["actions"])
+        restore(self.rewards, self.fill, saved["rewards"])
+        restore(self.terminated, self.fill, saved["terminated"])
+        restore(self.is_start, self.fill, saved["is_start"])
         self.size = int(self.is_start.count_nonzero())
         self.clamped.load_state_dict(saved["clamped"])
         self._rng.bit_generator.state = saved["rng"]

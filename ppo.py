@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 import memory
 from buffers import RolloutBuffer
@@ -41,6 +41,7 @@ from support.networks import Adam, Policy, ValueFunction, flatten, set_threads
 from support.recording import Recorded, check_recordings
 
 ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
+CLIP_EPS = 1e-6  # in the norm that the gradient is divided by; torch.nn.utils.clip_grad_norm_
 ADVANTAGE_EPS = 1e-8  # keeps the normalised advantage finite; SB3 ppo.py:219
 
 
@@ -115,10 +116,7 @@ def check(args: Args) -> None:
 
 
 def prepare(args: Args) -> tuple:
-    """Check everything, say what memory the run will take, and create its folder last.
-
-    Returns device, codec, envs (reset), sizes of the buffer, folder.
-    """
+    """Check everything, build codec and envs, say what memory it takes, make the folder last."""
     arguments.check_ranges(args)
     check(args)
     device = runs.find_device(args.device)
@@ -193,11 +191,7 @@ def clipped_policy_loss(ratio: Tensor, advantage: Tensor, clip_coef: float) -> T
 
 @torch.no_grad()
 def main(args: Args) -> dict:
-    """Train, evaluate, and write TensorBoard logs, weights and result.json into the run's folder.
-
-    Returns:
-        The parts that are named below, as training left them, and "result", as in result.json.
-    """
+    """Train, evaluate, write logs, weights and result.json; return `parts` and the result."""
     with runs.refusing("ppo.py"):
         device, codec, envs, sizes, folder = prepare(args)
     obs_dim, act_dim = sizes["obs_dim"], sizes["act_dim"]
@@ -213,10 +207,9 @@ def main(args: Args) -> dict:
     buffer = RolloutBuffer(codec, **sizes, device=device, seed=args.seed)
 
     # --- What is computed at every step; see support/recording.py --------------------------------
-    def sample_action(obs: Tensor) -> tuple[Tensor, ...]:
+    def sample_action(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = policy(obs)
-        action = mean + log_std.exp() * torch.randn_like(mean)
-        return action, gaussian_log_prob(action, mean, log_std), value_function(obs)
+        return mean + log_std.exp() * noise, value_function(obs)
 
     def loss(obs, action, old_log_prob, advantage, ret):  # (B, n), (B, k), and (B,) each
         mean, log_std = policy(obs)
@@ -230,11 +223,8 @@ def main(args: Args) -> dict:
         return total, policy_loss, v_loss, entropy, ratio, log_ratio
 
     record = partial(Recorded, eager=args.eager)
-    act, find_value, gradient = (
-        record(sample_action),
-        record(value_function),
-        record(loss, parameters),
-    )
+    act, find_value = record(sample_action), record(value_function)
+    gradient = record(loss, parameters)
 
     def acted_on(obs: np.ndarray) -> Tensor:
         """What is acted on: the raw observation as in the paper, or the decoded one."""
@@ -246,7 +236,7 @@ def main(args: Args) -> dict:
         mean, _ = policy(acted_on(obs))
         return mean.cpu().numpy().clip(low, high)
 
-    progress = runs.Progress(args.num_envs)
+    progress, first_ratio_error = runs.Progress(args.num_envs), torch.zeros(())
     parts = {  # all that the next rollout depends on: saved in checkpoints, restored by --resume
         "policy": policy,
         "value_function": value_function,
@@ -254,6 +244,7 @@ def main(args: Args) -> dict:
         "buffer": buffer,
         "envs": envs,
         "progress": progress,
+        "first_ratio_error": first_ratio_error,
     }
     with runs.Run("ppo.py", args, device, folder, **parts) as run:
         obs = envs.obs
@@ -261,17 +252,21 @@ def main(args: Args) -> dict:
             run.snapshot()  # a fault within this rollout saves what was before it
 
             # --- Collect n_steps transitions per env ---------------------------------------------
-            for _ in range(args.n_steps):
-                action, log_prob, value = (x.cpu().numpy() for x in act(acted_on(obs)))
+            # The density of mean + std * noise depends on the noise alone: the rollout's at once.
+            noise, log_std = torch.randn(args.n_steps, args.num_envs, act_dim), policy.log_std.cpu()
+            buffer.log_probs[:] = gaussian_log_prob(noise * log_std.exp(), 0 * noise, log_std)
+            for noise_t in noise.to(device):
+                action, value = (x.cpu().numpy() for x in act(acted_on(obs), noise_t))
                 # The environment gets the clipped action; the buffer keeps what was sampled.
-                next_obs, reward, terminated, truncated, _ = envs.step(action.clip(low, high))
+                clipped = np.minimum(np.maximum(action, low), high)
+                next_obs, reward, terminated, truncated, _ = envs.step(clipped)
                 done = terminated | truncated
                 run.advance(reward, done)
                 bootstrap = truncated & ~terminated
                 if bootstrap.any():  # no end of the task: the true final observation has a value
                     next_value = find_value(acted_on(next_obs)).cpu().numpy()
                     reward = reward + args.gamma * np.where(bootstrap, next_value, 0)
-                buffer.add(obs, action, log_prob, value, reward, done)
+                buffer.add(obs, action, value, reward, done)
                 obs = next_obs
                 if done.any():
                     obs, _ = envs.reset(options={"reset_mask": done})
@@ -282,14 +277,15 @@ def main(args: Args) -> dict:
             buffer.advantages[:], buffer.returns[:] = compute_gae(
                 buffer.rewards, buffer.values, buffer.ends, last_value, args.gamma, args.gae_lambda
             )
-            first_ratio_error = None
+            first_ratio = None
             for _ in range(args.n_epochs):
                 for batch in buffer.minibatches(args.batch_size):
                     _, policy_loss, v_loss, entropy, ratio, log_ratio = gradient(*batch)
-                    if first_ratio_error is None:
-                        first_ratio_error = (ratio - 1).abs().mean().item()
-                    nn.utils.clip_grad_norm_([parameters], args.max_grad_norm)
+                    first_ratio = ratio if first_ratio is None else first_ratio
+                    norm = parameters.grad.norm()
+                    parameters.grad *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
                     adam.step()
+            first_ratio_error.copy_((first_ratio - 1).abs().mean())
 
             # --- Log the last minibatch ----------------------------------------------------------
             check_recordings(act, find_value, gradient)
@@ -311,7 +307,7 @@ def main(args: Args) -> dict:
             )
 
         # --- Sum up ------------------------------------------------------------------------------
-        result = run.finish(buffer, best_action, first_ratio_error=first_ratio_error)
+        result = run.finish(buffer, best_action, first_ratio_error=first_ratio_error.item())
     return parts | {"result": result}
 
 

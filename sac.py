@@ -122,10 +122,7 @@ def check(args: Args) -> None:
 
 
 def prepare(args: Args) -> tuple:
-    """Check everything, say what memory the run will take, and create its folder last.
-
-    Returns device, codec, envs (reset), sizes of the buffer, folder.
-    """
+    """Check everything, build codec and envs, say what memory it takes, make the folder last."""
     arguments.check_ranges(args)
     check(args)
     device = runs.find_device(args.device)
@@ -197,11 +194,7 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
 
 @torch.no_grad()
 def main(args: Args) -> dict:
-    """Train, evaluate, and write TensorBoard logs, weights and result.json into the run's folder.
-
-    Returns:
-        The parts that are named below, as training left them, and "result", as in result.json.
-    """
+    """Train, evaluate, write logs, weights and result.json; return `parts` and the result."""
     with runs.refusing("sac.py"):
         device, codec, envs, sizes, folder = prepare(args)
     obs_dim, act_dim = sizes["obs_dim"], sizes["act_dim"]

@@ -32,9 +32,12 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 def put(array: torch.Tensor, rows: np.ndarray, values: np.ndarray | torch.Tensor) -> None:
-    """array[rows] = values, for values on the CPU and an array on any device."""
+    """array[rows] = values, for values on the CPU and an array on any device.
+
+    Here and in `take` numpy is faster than torch, by some 30 us for the four arrays of one step.
+    """
     if array.device.type == "cpu" and array.dtype not in NUMPY_LACKS:
-        array.numpy()[rows] = values  # the same in torch takes 30 us more
+        array.numpy()[rows] = values
     else:
         array[torch.from_numpy(rows).to(array.device)] = torch.as_tensor(values).to(array)
 
@@ -149,7 +152,10 @@ class LiveColumns:
         return sum(array.nbytes for array in arrays) + self._overhead
 
     def bytes_when(self, live_columns: int, late_columns: int = 0) -> int:
-        """`nbytes` at its largest, if so many columns change in the watched rows and later."""
+        """The largest that `nbytes` gets if so many columns change in the watched rows and later.
+
+        Works on the meta device.
+        """
         width, dtype = self.codec.row(live_columns)
         row = width * dtype.itemsize + late_columns * self.integer.itemsize
         return max(self.num_envs * self.ring * row, self.whole.nbytes) + self._overhead

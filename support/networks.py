@@ -168,13 +168,18 @@ class Adam:
 
     def state_dict(self) -> dict:
         """For a checkpoint; the parameters are saved with their modules."""
-        return {"mean": self.mean, "square": self.square, "steps": self.steps}
+        return {
+            "mean": self.mean,
+            "square": self.square,
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+        }
 
     def load_state_dict(self, saved: dict) -> None:
         """Take over what `state_dict` returned. Raises RuntimeError if the sizes differ."""
         self.mean.copy_(saved["mean"])
         self.square.copy_(saved["square"])
-        self.steps = saved["steps"]
+        self.steps, self.learning_rate = saved["steps"], saved["learning_rate"]
 
 
 def set_threads(batch_size: int, inputs: int, hidden: int) -> None:

@@ -49,7 +49,7 @@ def pack_bits(codes: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack_bits(words: torch.Tensor, n: int, width: int) -> torch.Tensor:
-    """Undo `pack_bits`: (..., W) int16, on any device -> (..., n) int16, or int32 from 17 bits on."""
+    """Undo `pack_bits`: (..., W) int16, on any device -> (..., n) int16; int32 from 17 bits on."""
     if width > 16:
         high = unpack_bits(words[..., n:], n, width - 16).to(torch.int32)
         low = words[..., :n].to(torch.int32)

@@ -3,14 +3,17 @@
 import copy
 import itertools
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import nn
 
 from support.networks import (
     LOG_STD_MAX,
     LOG_STD_MIN,
     Actor,
+    Adam,
     Critic,
     ParallelLinear,
     Policy,
@@ -153,7 +156,7 @@ def test_views_follow_load_state_dict_and_steps_of_adam():
     theirs = torch.cat([p.detach().flatten() for p in other.parameters()])
     assert torch.equal(vector, theirs)
     vector.grad = torch.ones_like(vector)
-    torch.optim.Adam([vector], 0.1, fused=True).step()
+    Adam(vector, 0.1).step()
     moved = torch.cat([p.detach().flatten() for p in critic.parameters()])
     assert torch.equal(moved, vector)
     torch.testing.assert_close(moved, theirs - 0.1)
@@ -173,28 +176,76 @@ def test_a_copy_made_before_or_after_flatten_has_memory_of_its_own():
         assert torch.equal(target, before)
 
 
-@pytest.mark.parametrize("eps", [1e-8, 1e-5])
-def test_adam_over_the_vector_equals_adam_over_every_tensor(eps):
+# --- Adam ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [{}, {"eps": 1e-5}], ids=["default", "1e-5"])
+def test_adam_over_the_vector_equals_torchs_over_every_tensor(eps):
     torch.manual_seed(0)
     policy, value_function = Policy(5, 2, 8), ValueFunction(5, 8)
-    theirs = [
-        nn.Parameter(p.detach().clone())
-        for p in itertools.chain(policy.parameters(), value_function.parameters())
-    ]
+    parameters = itertools.chain(policy.parameters(), value_function.parameters())
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     vector = flatten(policy, value_function)
-    ours, plain = (
-        torch.optim.Adam([vector], 0.01, eps=eps, fused=True),
-        torch.optim.Adam(theirs, 0.01, eps=eps),
-    )
-    for _ in range(20):
+    adam, plain = Adam(vector, 0.01, **eps), torch.optim.Adam(theirs, 0.01, **eps)
+    for step in range(20):
+        if step == 10:
+            adam.learning_rate = plain.param_groups[0]["lr"] = 0.003
         gradients = [torch.randn_like(p) * 10.0 ** torch.randint(-9, 4, p.shape) for p in theirs]
         vector.grad = torch.cat([gradient.flatten() for gradient in gradients])
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient
-        ours.step()
+        adam.step()
         plain.step()
     for mine, expected in zip(vector.views, theirs, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    for moment, name in ((adam.mean, "exp_avg"), (adam.square, "exp_avg_sq")):
+        expected = torch.cat([plain.state[other][name].flatten() for other in theirs])
+        torch.testing.assert_close(moment, expected, rtol=1e-5, atol=0)
+
+
+finite = st.sampled_from([0.0, 1e-9, 1e-6]) | st.floats(-1e6, 1e6, allow_subnormal=False)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    gradients=st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_size=12),
+    learning_rate=st.sampled_from([0.0, 3e-4, 1.0]),
+    eps=st.sampled_from([1e-8, 1e-5, 1.0]),
+    betas=st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.5, 0.9)]),
+)
+def test_adam_equals_torchs_for_any_gradients(gradients, learning_rate, eps, betas):
+    start = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    adam = Adam(ours, learning_rate, eps)
+    plain = torch.optim.Adam([theirs], lr=learning_rate, eps=eps, betas=betas)
+    for gradient in gradients:
+        ours.grad = theirs.grad = torch.tensor(gradient, dtype=torch.float64)
+        adam.step(*betas)
+        plain.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_adam_goes_on_from_what_it_saved():
+    torch.manual_seed(0)
+    vectors = [nn.Parameter(torch.randn(10)) for _ in range(2)]
+    adams = [Adam(vector, 0.01) for vector in vectors]
+    for step in range(6):
+        if step == 3:
+            adams[1].load_state_dict(copy.deepcopy(adams[0].state_dict()))
+            vectors[1].data.copy_(vectors[0])
+        for adam in adams[: 1 + (step >= 3)]:
+            adam.parameters.grad = torch.arange(10.0) - step
+            adam.step()
+    assert torch.equal(*vectors)
+    for name in ("mean", "square", "steps", "learning_rate"):
+        one, other = (getattr(adam, name) for adam in adams)
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_adam_refuses_what_other_networks_saved():
+    saved = Adam(nn.Parameter(torch.zeros(10)), 0.1).state_dict()
+    with pytest.raises(RuntimeError, match="size"):
+        Adam(nn.Parameter(torch.zeros(1001)), 0.1).load_state_dict(saved)
 
 
 # --- Threads -------------------------------------------------------------------------------------

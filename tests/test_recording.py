@@ -1,7 +1,10 @@
 """support/recording.py: replays against autograd itself, and what must not go wrong in silence."""
 
+import collections
+import contextlib
 import itertools
 import warnings
+from typing import ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
 
-from support.networks import Critic, flatten
+from support.networks import Adam, Critic, flatten
 from support.recording import Recorded, StaleRecording, check_recordings
 
 pytestmark = pytest.mark.filterwarnings("error")  # no loss falls back unless a test says so
@@ -52,6 +55,34 @@ def assert_agrees(function, parameters, make_inputs, calls: int = 4) -> Recorded
     return recorded
 
 
+class Checked(Recorded):
+    """Compares every call with autograd. For whole runs: set it in place of a script's Recorded."""
+
+    calls: ClassVar[collections.Counter] = collections.Counter()
+
+    @classmethod
+    @contextlib.contextmanager
+    def counting(cls):
+        """Counts the calls that were compared, by the function's name."""
+        cls.calls.clear()
+        yield cls.calls
+
+    def __call__(self, *inputs):
+        state, parameters = torch.get_rng_state(), self.parameters
+        results = super().__call__(*inputs)
+        after, gradient = torch.get_rng_state(), None if parameters is None else parameters.grad
+        torch.set_rng_state(state)
+        assert_close(results, Recorded(self.function, parameters, eager=True)(*inputs))
+        assert torch.equal(after, torch.get_rng_state())
+        if parameters is not None:
+            sizes = [view.numel() for view in parameters.views]
+            assert_close(gradient.split(sizes), parameters.grad.split(sizes), rtol=2e-5)
+            parameters.grad = gradient
+        assert not self.eager
+        self.calls[self.name] += 1
+        return results
+
+
 # --- Recorded and eager agree --------------------------------------------------------------------
 
 
@@ -69,8 +100,8 @@ def through_a_view(x, w):
 
 
 LOSSES = {
-    "relu": lambda x, w: F.relu(x * w).square().mean(),
-    "relu_": lambda x, w: F.relu_(x * w).square().mean(),
+    "relu": lambda x, w: (F.relu(x * w) * x).mean(),
+    "relu_": lambda x, w: (F.relu_(x * w) * x).mean(),
     "overwriting": overwriting,
     "through a view": through_a_view,
     "elu": lambda x, w: F.elu(x * w).sum(),
@@ -97,7 +128,7 @@ LOSSES = {
     "dropout": lambda x, w: F.dropout(x * w, 0.5).sum(),
     "noise": lambda x, w: (x * w + torch.randn_like(x) - torch.randn_like(x)).square().sum(),
     "noise without an input": lambda x, w: (x * w * torch.randn(5, 4)).square().sum(),
-    "noise in place": lambda x, w: (x * w * torch.empty(5, 4).uniform_()).square().sum(),
+    "noise in place": lambda x, w: (x * w * torch.empty(5, 4).uniform_()).sum(),
     "shuffled": lambda x, w: (x * w)[torch.randperm(5)][:2].sum(),
     "no gradient": lambda x, w: 0 * w.sum(),
 }  # fmt: skip
@@ -249,7 +280,7 @@ def test_parameters_are_followed_through_adam_and_load_state_dict():
     network, other = nn.Linear(3, 1), nn.Linear(3, 1)
     vector = flatten(network)
     recorded = Recorded(lambda x: network(x).square().mean(), vector)
-    adam, x = torch.optim.Adam([vector], 0.1, fused=True), torch.randn(5, 3)
+    adam, x = Adam(vector, 0.1), torch.randn(5, 3)
     losses = [recorded(x).item()]
     adam.step()
     losses.append(recorded(x).item())
@@ -405,7 +436,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_adams_step(loss, x, 
     def my_loss(x):
         return loss(x, w)
 
-    recorded, adam = Recorded(my_loss, vector, eager), torch.optim.Adam([vector], 0.1, fused=True)
+    recorded, adam = Recorded(my_loss, vector, eager), Adam(vector, 0.1)
     before = vector.detach().clone()
     with pytest.raises(FloatingPointError, match=f"my_loss .*{says}"):
         recorded(torch.full((3,), x))

@@ -218,9 +218,9 @@ sys.path[:0] = sys.argv[1:3]
 import test_resume
 name, threads, hidden, folder = sys.argv[3], *map(int, sys.argv[4:6]), test_resume.Path(sys.argv[6])
 torch.set_num_threads(threads)
-own = {"n_steps": 40} if name == "ppo" else {}
+own = {"n_steps": 64, "total_timesteps": 64} if name == "ppo" else {"total_timesteps": 30}
 left = test_resume.train(name, folder, "run", env="Humanoid-v3", quant_m=2, hidden=hidden,
-    eval_episodes=0, batch_size=40, total_timesteps=40, **own)
+    eval_episodes=0, batch_size=64, **own)
 print(torch.get_num_threads(), left["weights.pt"], left["progress"])
 """
 

@@ -1,0 +1,174 @@
+"""The README and docs/: what they promise is there, and what they tell to run can be run."""
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments/results/README.md"]
+LANGUAGE = re.compile(r"```(\w*)\n(.*?)```", flags=re.S)
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return LANGUAGE.sub("", page.read_text())
+
+
+def blocks(page: Path) -> list[list[str]]:
+    """Paragraphs, headings, lists and tables of a page, each as its lines."""
+    return [block.splitlines() for block in re.split(r"\n\s*\n", prose(page)) if block.strip()]
+
+
+def cells(page: Path) -> list[str]:
+    """All cells of the tables of a page, but for the names in the first column."""
+    rows = [line for block in blocks(page) for line in block if line.startswith("|")]
+    return [cell.strip() for row in rows for cell in re.split(r"(?<!\\)\|", row)[2:-1]]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words of every `python ...` and `./run.sh ...` of a page, in blocks and in sentences."""
+    text = page.read_text()
+    scripts = [code for language, code in LANGUAGE.findall(text) if language == "bash"]
+    lines = [line for code in scripts for line in code.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`((?:python|\./run\.sh) [^`]*)`", prose(page))
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in found if words and words[0] in ("python", "./run.sh")]
+
+
+def anchors(page: Path) -> set[str]:
+    """What `#...` can point at: the headings, as GitHub writes them in links."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# --- Size ----------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_two_screens():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paragraphs_are_short(page):
+    for block in blocks(page):
+        items = "\n".join(block).split("\n- ")  # of a list each item counts by itself
+        if not block[0].startswith("|"):
+            assert max(len(item.splitlines()) for item in items) <= 5, block[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_cell_of_a_table_holds_at_most_one_result(page):
+    for cell in cells(page):
+        if len(cell.split()) < 8:  # longer ones are sentences
+            text = re.sub(r"`[^`]*`|(±|to) [\d.,]+|\[.*?\]\(.*?\)|\S*[A-Za-z]\S*|95%", "", cell)
+            assert len(re.findall(r"\d[\d,.]*", text)) <= 1, cell
+
+
+# --- Links and files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_file_map_names_what_is_there():
+    named = set(re.findall(r"\| \[`([^`]+)`\]\(", README.read_text()))
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    folders = {"support/", "experiments/", "tests/"}
+    assert scripts | folders <= named
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_every_result_and_how_it_was_made_is_listed():
+    results = ROOT / "experiments/results"
+    files = {
+        str(p.relative_to(results)) for p in results.rglob("*") if p.suffix in (".csv", ".png")
+    }
+    text = (results / "README.md").read_text()
+    listed = set(re.findall(r"`([\w/]+\.(?:csv|png))`", text))
+    assert files == listed
+
+
+# --- Commands ------------------------------------------------------------------------------------
+
+
+class Parsed(BaseException):
+    """A script has read its command line."""
+
+
+@pytest.fixture
+def stops_when_parsed(monkeypatch):
+    """Scripts read their command line and stop there."""
+    parse_args, cli = argparse.ArgumentParser.parse_args, tyro.cli
+
+    def stopping(*args, **kwargs):
+        parse_args(*args, **kwargs)
+        raise Parsed
+
+    def stopping_tyro(args_class):
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+            cli(args_class)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping)
+    monkeypatch.setattr(tyro, "cli", stopping_tyro)
+    base = "stable_baselines3.common"  # what peers.py wants, which is not installed here
+    for module, name in (
+        ("callbacks", "BaseCallback"),
+        ("logger", "Logger"),
+        ("monitor", "Monitor"),
+    ):
+        stub = ModuleType(f"{base}.{module}")
+        setattr(stub, name, type(name, (), {}))
+        monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    for name in ("stable_baselines3", base):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+
+
+def parses(words: list[str], monkeypatch) -> bool:
+    """Whether a script takes the rest of its command line."""
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    except Parsed:
+        return True
+    except SystemExit as end:
+        return end.code == 0 and "--help" in words
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_parses(page, stops_when_parsed, monkeypatch):
+    for words in commands(page):
+        if words[0] == "./run.sh" and (len(words) == 1 or words[1] in ("test", "reproduce")):
+            assert all((ROOT / word).exists() for word in words[2:] if word.endswith(".py"))
+        elif words[1:2] != ["-m"]:
+            assert parses(words[1:], monkeypatch), " ".join(words)
+
+
+def test_a_command_that_does_not_parse_is_found(stops_when_parsed, monkeypatch, capsys):
+    assert not parses(["sac.py", "--quant-n", "2"], monkeypatch)
+    assert not parses(["experiments/speed.py", "--steps-sac", "2"], monkeypatch)
+    assert parses(["experiments/speed.py", "--rounds", "2"], monkeypatch)
+
+
+def test_the_readmes_commands_are_found():
+    assert len(commands(README)) >= 10
+    assert all(commands(page) for page in PAGES)
