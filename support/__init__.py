@@ -1,1 +1,1 @@
-"""What a run needs besides the algorithm: environments, networks, recording, folders, checkpoints."""
+"""What a run needs besides the algorithm: environments, networks, recordings, checkpoints, logs."""

@@ -336,7 +336,7 @@ class Run:
     def _why(self, error: BaseException | None) -> str | None:
         """One line for an error that a user can meet; None for any other, as in changed code."""
         if isinstance(error, EnvironmentFault):
-            return f"{self.args.env} {error}, after step {self.step}"
+            return f"{error}, after step {self.step}"
         if isinstance(error, FloatingPointError | StaleRecording):
             return f"at step {self.progress.global_step} {error}"
         return _machine_fault(error)

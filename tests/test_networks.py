@@ -228,7 +228,7 @@ def test_adam_equals_torchs_for_any_gradients(gradients, learning_rate, eps, bet
 def test_adam_goes_on_from_what_it_saved():
     torch.manual_seed(0)
     vectors = [nn.Parameter(torch.randn(10)) for _ in range(2)]
-    adams = [Adam(vector, 0.01) for vector in vectors]
+    adams = [Adam(vectors[0], 0.01), Adam(vectors[1], 0.5)]
     for step in range(6):
         if step == 3:
             adams[1].load_state_dict(copy.deepcopy(adams[0].state_dict()))
