@@ -53,12 +53,12 @@ BANDS_STEPS = 300_000  # of PPO's training, which the bands are for
 BANDS = {"HalfCheetah-v3": "0 to 2500", "Walker2d-v3": "330 to 2000"}
 BANDS |= {"Ant-v3": "50 to 200", "Humanoid-v3": "345 to 390"}
 FOOTNOTE = """
-Mean training return over the last tenth of the steps: mean ± sample standard deviation over seeds
-(each seed). Expected: our judgement, not itself published, of PPO without normalisation at 300,000
-steps. Humanoid and Ant (with real contact forces): from the Stable-Baselines3 runs in
-`Kallinteris-Andreas/gymnasium-mujuco-v5-envs-validation`. HalfCheetah and Walker2d: at least as in
-`openai/spinningup` and `LQNew/Continuous_Control_Benchmark`, at most as in `thu-ml/tianshou`, which
-normalises. Nothing is published for SAC with 64-64 networks."""
+Training return over the last tenth of the steps: mean ± sample standard deviation over seeds.
+Rounded: m = 1 for PPO, m = 2 for SAC. Expected: our judgement, not itself published, of PPO without
+normalisation at 300,000 steps. Humanoid and Ant (with real contact forces): from the runs of
+Stable-Baselines3 in `Kallinteris-Andreas/gymnasium-mujuco-v5-envs-validation`. HalfCheetah and
+Walker2d: at least as in `openai/spinningup` and `LQNew/Continuous_Control_Benchmark`, at most as in
+`thu-ml/tianshou`, which normalises. Nothing is published for SAC with 64-64 networks."""
 
 
 def bin_returns(steps: np.ndarray, returns: np.ndarray) -> list[tuple[int, float, int]]:
@@ -248,11 +248,10 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def cell(returns: list[float]) -> str:
-    """Mean ± sample standard deviation (each), or what there is of it."""
+    """Mean ± sample standard deviation over seeds, or what there is of it."""
     if len(returns) < 2:
-        return f"{returns[0]:.0f} (1 seed)" if returns else "-"
-    each = ", ".join(f"{ret:.0f}" for ret in returns)
-    return f"{np.mean(returns):.0f} ± {np.std(returns, ddof=1):.0f} ({each})"
+        return f"{returns[0]:.0f}" if returns else "-"
+    return f"{np.mean(returns):.0f} ± {np.std(returns, ddof=1):.0f}"
 
 
 def table(args: argparse.Namespace) -> None:
@@ -261,18 +260,18 @@ def table(args: argparse.Namespace) -> None:
     for run in read_csv(args.results / "runs.csv", RUNS, RUNS_NUMBERS):
         group = groups[run["algo"], run["env"]]
         group["steps"].append(int(run["steps"]))
+        group["seeds"].append(run["seed"])
         if run["return_last_tenth"]:  # else no episode ended then
             group[run["method"]].append(float(run["return_last_tenth"]))
-    print("| algorithm | task | steps | float64 | rounded | SB3 | expected |")
-    print("|---|---|---|---|---|---|---|")
+    print("| algorithm | task | steps | seeds | float64 | rounded | Stable-Baselines3 | expected |")
+    print("|---|---|---|---|---|---|---|---|")
     for (algo, env), group in sorted(groups.items()):
-        steps = sorted(set(group["steps"]))
-        rounded = "; ".join(f"{m}: {cell(group[m])}" for m in STYLES if m[0] == "m" and m in group)
+        steps, rounded = sorted(set(group["steps"])), PANELS[algo][0]
         known = algo == "ppo" and all(abs(count - BANDS_STEPS) < BIN for count in steps)
         print(
             f"| {algo.upper()} | {env} | {' or '.join(f'{count:,}' for count in steps)} "
-            f"| {cell(group['float64'])} | {rounded or '-'} | {cell(group['SB3'])} "
-            f"| {BANDS.get(env, '-') if known else '-'} |"
+            f"| {len(set(group['seeds']))} | {cell(group['float64'])} | {cell(group[rounded])} "
+            f"| {cell(group['SB3'])} | {BANDS.get(env, '-') if known else '-'} |"
         )
     print(FOOTNOTE)
 

@@ -73,7 +73,7 @@ def budget(args: Any, sizes: dict[str, int], largest: Callable, codec_flags: Cal
         raise ValueError(f"--budget {args.budget}: {limit:,} bytes hold no batch in any storage")
     note = (
         f"{mb(limit)} MB for buffer, networks, gradients, Adam and one batch; the interpreter and "
-        "its libraries\ncome on top, about 400 MB: see --measure. "
+        "its libraries\ncome on top, about 300 MB: see --measure. "
         f"The paper's m is {m} for {algo.upper()}."
     )
     if args.live_columns is not None:

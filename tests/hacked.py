@@ -320,20 +320,22 @@ def normalised_observations() -> None:
 
     with mock.patch.object(RolloutBuffer, "add", keep_obs):
         parts = train(ppo, "seen")
-    norm, seen = parts["norm"], np.concatenate(seen)
+    norm, seen = parts["obs_norm"], np.concatenate(seen)
     assert norm.count == 300
     np.testing.assert_allclose(norm.mean, seen.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(norm.var, seen.var(0), rtol=1e-4)
     # In an update the statistics are those of its rollout, so the ratio begins with 1.
     assert parts["result"]["first_ratio_error"] < 1e-5
-    assert torch.equal(parts["weights"]["norm"]["mean"], norm.mean)  # evaluation changed nothing
+    assert torch.equal(
+        parts["weights"]["obs_norm"]["mean"], norm.mean
+    )  # evaluation changed nothing
     for obs in (seen[0], seen[-1], np.array([1e9, 0.0, 0.0])):
         normal = ((obs - norm.mean.numpy()) / np.sqrt(norm.var.numpy())).clip(-10, 10)
         mean, _ = parts["policy"](torch.from_numpy(normal).float())
         (best_action,) = acting
         with torch.no_grad():
             assert_close(best_action(obs), mean.clamp(-2, 2))
-    assert torch.equal(train_twice(ppo)["norm"].mean, norm.mean)  # restored, and moved on
+    assert torch.equal(train_twice(ppo)["obs_norm"].mean, norm.mean)  # restored, and moved on
 
 
 def mu_law_storage() -> None:

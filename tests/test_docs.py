@@ -1,6 +1,7 @@
 """The README and docs/: what they promise is there, and what they tell to run can be run."""
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -11,8 +12,10 @@ from types import ModuleType
 import pytest
 import tyro
 
+import memory
+
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README, MEMORY = ROOT / "README.md", ROOT / "docs/memory.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments/results/README.md"]
 LANGUAGE = re.compile(r"```(\w*)\n(.*?)```", flags=re.S)
 
@@ -72,6 +75,17 @@ def test_a_cell_of_a_table_holds_at_most_one_result(page):
         if len(cell.split()) < 8:  # longer ones are sentences
             text = re.sub(r"`[^`]*`|(±|to) [\d.,]+|\[.*?\]\(.*?\)|\S*[A-Za-z]\S*|95%", "", cell)
             assert len(re.findall(r"\d[\d,.]*", text)) <= 1, cell
+
+
+def test_the_tables_of_memory_are_what_memory_py_prints(capsys):
+    robot = memory.Args(obs_dim=376, act_dim=17, layouts=True, live_columns=257, json=True)
+    memory.main(robot)
+    layouts = {row["layout"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    totals = [f"{row['total'] / 1e6:,.0f}" for row in layouts.values()]
+    in_readme = re.findall(r"^\| .* \| \**([\d,]+)\** \| \**[\d.]+\** \|$", prose(README), re.M)
+    in_docs = re.findall(r"\| \**([\d,]+)\** \| \**[\d.]+x\** \|$", prose(MEMORY), re.M)
+    assert len(in_readme) == 6 and set(in_readme) < set(totals)
+    assert in_docs == totals
 
 
 # --- Links and files -----------------------------------------------------------------------------

@@ -262,12 +262,13 @@ def test_an_update_equals_a_plain_reimplementation_of_sb3s(
     obs, _ = env.reset(seed=args.seed)
     for rollout, end in zip(rollouts, (199, 399 - 256), strict=True):  # Pendulum's 200 steps
         rewards, values, ends = (np.zeros((256, 1)) for _ in range(3))
+        noise = torch.randn(256, 1, 1)
         with torch.no_grad():
             for t in range(256):
-                as_float, noise = torch.as_tensor(obs)[None], torch.randn(1, 1)
+                as_float = torch.as_tensor(obs)[None]
                 values[t] = critic(as_float)
                 mean, std, action = actor(as_float), log_std.exp(), rollout["actions"][t, 0]
-                assert action.item() == pytest.approx((mean + std * noise).item(), abs=1e-5)
+                assert action.item() == pytest.approx((mean + std * noise[t]).item(), abs=1e-5)
                 log_prob = Normal(mean, std).log_prob(torch.tensor(action)).sum()
                 assert log_prob.item() == pytest.approx(rollout["log_probs"][t, 0], abs=1e-5)
                 obs, reward, terminated, truncated, _ = env.step(action.clip(-2, 2))

@@ -104,6 +104,7 @@ LOSSES = {
     "relu_": lambda x, w: (F.relu_(x * w) * x).mean(),
     "overwriting": overwriting,
     "through a view": through_a_view,
+    "threshold": lambda x, w: F.threshold(x * w, 0.1, 0.0).sum(),
     "elu": lambda x, w: F.elu(x * w).sum(),
     "leaky relu": lambda x, w: F.leaky_relu(x * w).square().sum(),
     "gelu": lambda x, w: F.gelu(x * w).sum(),
