@@ -56,9 +56,7 @@ def learning(algo: str, obs_dim: int, act_dim: int, hidden: int) -> Ledger:
 
     with torch.device("meta"):
         if algo == "ppo":
-            policy = networks.Policy(obs_dim, act_dim, hidden)
-            value_function = networks.ValueFunction(obs_dim, hidden)
-            n, targets = count(policy, value_function), {}
+            n, targets = count(networks.ActorCritic(obs_dim, act_dim, hidden)), {}
         else:
             actor = networks.Actor(obs_dim, act_dim, hidden)
             critic = networks.Critic(obs_dim, act_dim, hidden)

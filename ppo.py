@@ -37,7 +37,7 @@ from buffers import RolloutBuffer
 from quantize import make_codec
 from support import arguments, runs
 from support.envs import make_vector
-from support.networks import Adam, Policy, ValueFunction, flatten, set_threads
+from support.networks import ActorCritic, Adam, flatten, set_threads
 from support.recording import Recorded, check_recordings
 
 ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
@@ -189,7 +189,6 @@ def clipped_policy_loss(ratio: Tensor, advantage: Tensor, clip_coef: float) -> T
     return -torch.min(ratio * advantage, clipped_ratio * advantage).mean()
 
 
-@torch.no_grad()
 def main(args: Args) -> dict:
     """Train, evaluate, write logs, weights and result.json; return `parts` and the result."""
     with runs.refusing("ppo.py"):
@@ -200,63 +199,64 @@ def main(args: Args) -> dict:
     set_threads(args.batch_size, obs_dim, args.hidden)
 
     # --- Networks, optimiser, buffer -------------------------------------------------------------
-    policy = Policy(obs_dim, act_dim, args.hidden).to(device)
-    value_function = ValueFunction(obs_dim, args.hidden).to(device)
-    parameters = flatten(policy, value_function)
+    actor_critic = ActorCritic(obs_dim, act_dim, args.hidden).to(device)
+    parameters = flatten(actor_critic)
     adam = Adam(parameters, args.learning_rate, ADAM_EPS)
     buffer = RolloutBuffer(codec, **sizes, device=device, seed=args.seed)
 
     # --- What is computed at every step; see support/recording.py --------------------------------
-    def sample_action(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = policy(obs)
-        return mean + log_std.exp() * noise, value_function(obs)
+    def sample_action(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_std, value = actor_critic(obs)
+        return mean + log_std.exp() * noise, log_std.expand_as(mean), value
 
     def loss(obs, action, old_log_prob, advantage, ret):  # (B, n), (B, k), and (B,) each
-        mean, log_std = policy(obs)
+        mean, log_std, value = actor_critic(obs)
         log_ratio = gaussian_log_prob(action, mean, log_std) - old_log_prob
         ratio = log_ratio.exp()
         policy_loss = clipped_policy_loss(ratio, normalize(advantage), args.clip_coef)
-        v_loss = F.mse_loss(value_function(obs), ret)  # (V - V_targ)^2
+        v_loss = F.mse_loss(value, ret)  # (V - V_targ)^2
         entropy = gaussian_entropy(log_std)
         # PPO eq. 9, with the sign of a loss
         total = policy_loss + args.vf_coef * v_loss - args.ent_coef * entropy
         return total, policy_loss, v_loss, entropy, ratio, log_ratio
 
     record = partial(Recorded, eager=args.eager)
-    act, find_value = record(sample_action), record(value_function)
-    gradient = record(loss, parameters)
+    act, gradient = record(sample_action), record(loss, parameters)
 
     def acted_on(obs: np.ndarray) -> Tensor:
         """What is acted on: the raw observation as in the paper, or the decoded one."""
-        seen = codec.decode(codec.encode(obs)) if args.quant_act else torch.from_numpy(obs)
-        return seen.to(device, torch.float32)
+        raw = torch.from_numpy(obs.astype(np.float32))
+        return (codec.decode(codec.encode(obs)) if args.quant_act else raw).to(device)
 
     def best_action(obs: np.ndarray) -> np.ndarray:
         """Deterministic action for one observation: the mean, clipped to the bounds."""
-        mean, _ = policy(acted_on(obs))
+        (mean,), _, _ = actor_critic(acted_on(obs[None]))
         return mean.cpu().numpy().clip(low, high)
+
+    def value_of(obs: np.ndarray) -> Tensor:
+        """V of (num_envs, n) observations: (num_envs,)."""
+        return actor_critic(acted_on(obs))[2].cpu()
 
     progress, first_ratio_error = runs.Progress(args.num_envs), torch.zeros(())
     parts = {  # all that the next rollout depends on: saved in checkpoints, restored by --resume
-        "policy": policy,
-        "value_function": value_function,
+        "actor_critic": actor_critic,
         "adam": adam,
         "buffer": buffer,
         "envs": envs,
         "progress": progress,
         "first_ratio_error": first_ratio_error,
     }
-    with runs.Run("ppo.py", args, device, folder, **parts) as run:
+    with runs.Run("ppo.py", args, device, folder, **parts) as run, torch.inference_mode():
         obs = envs.obs
         while run.goes_on():
             run.snapshot()  # a fault within this rollout saves what was before it
 
             # --- Collect n_steps transitions per env ---------------------------------------------
-            # The density of mean + std * noise depends on the noise alone: the rollout's at once.
-            noise, log_std = torch.randn(args.n_steps, args.num_envs, act_dim), policy.log_std.cpu()
-            buffer.log_probs[:] = gaussian_log_prob(noise * log_std.exp(), 0 * noise, log_std)
-            for noise_t in noise.to(device):
-                action, value = (x.cpu().numpy() for x in act(acted_on(obs), noise_t))
+            noise, log_stds = torch.randn(args.n_steps, args.num_envs, act_dim, device=device), []
+            for noise_t in noise:
+                action, log_std, value = act(acted_on(obs), noise_t)
+                log_stds.append(log_std)
+                action = action.cpu().numpy()
                 # The environment gets the clipped action; the buffer keeps what was sampled.
                 clipped = np.minimum(np.maximum(action, low), high)
                 next_obs, reward, terminated, truncated, _ = envs.step(clipped)
@@ -264,18 +264,20 @@ def main(args: Args) -> dict:
                 run.advance(reward, done)
                 bootstrap = truncated & ~terminated
                 if bootstrap.any():  # no end of the task: the true final observation has a value
-                    next_value = find_value(acted_on(next_obs)).cpu().numpy()
-                    reward = reward + args.gamma * np.where(bootstrap, next_value, 0)
-                buffer.add(obs, action, value, reward, done)
+                    reward = reward + args.gamma * bootstrap * value_of(next_obs).numpy()
+                buffer.add(obs, action, value.cpu().numpy(), reward, done)
                 obs = next_obs
                 if done.any():
                     obs, _ = envs.reset(options={"reset_mask": done})
             run.warn_of_clamping(buffer.clamped)
+            # The density of mean + std * noise depends on noise and std alone: all steps at once.
+            log_std = torch.stack(log_stds)
+            buffer.log_probs[:] = gaussian_log_prob(noise * log_std.exp(), 0 * noise, log_std)
 
             # --- Learn: n_epochs passes over the rollout in minibatches --------------------------
-            last_value = find_value(acted_on(obs)).cpu()
             buffer.advantages[:], buffer.returns[:] = compute_gae(
-                buffer.rewards, buffer.values, buffer.ends, last_value, args.gamma, args.gae_lambda
+                *(buffer.rewards, buffer.values, buffer.ends, value_of(obs)),
+                *(args.gamma, args.gae_lambda),
             )
             first_ratio = None
             for _ in range(args.n_epochs):
@@ -288,7 +290,7 @@ def main(args: Args) -> dict:
             first_ratio_error.copy_((first_ratio - 1).abs().mean())
 
             # --- Log the last minibatch ----------------------------------------------------------
-            check_recordings(act, find_value, gradient)
+            check_recordings(act, gradient)
             unexplained = (buffer.returns - buffer.values).var() / buffer.returns.var()
             run.log(
                 {

@@ -192,7 +192,6 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
     return -(log_alpha * (log_prob + target_entropy).detach()).mean()
 
 
-@torch.no_grad()
 def main(args: Args) -> dict:
     """Train, evaluate, write logs, weights and result.json; return `parts` and the result."""
     with runs.refusing("sac.py"):
@@ -254,8 +253,8 @@ def main(args: Args) -> dict:
 
     def acted_on(obs: np.ndarray) -> Tensor:
         """What is acted on: the raw observation as in the paper, or the decoded one."""
-        seen = codec.decode(codec.encode(obs)) if args.quant_act else torch.from_numpy(obs)
-        return seen.to(device, torch.float32)
+        raw = torch.from_numpy(obs.astype(np.float32))
+        return (codec.decode(codec.encode(obs)) if args.quant_act else raw).to(device)
 
     def best_action(obs: np.ndarray) -> np.ndarray:
         """Deterministic action for one observation: tanh of the mean."""
@@ -275,7 +274,7 @@ def main(args: Args) -> dict:
         "action_space": envs.action_space.np_random,
         "progress": progress,
     }
-    with runs.Run("sac.py", args, device, folder, **parts) as run:
+    with runs.Run("sac.py", args, device, folder, **parts) as run, torch.inference_mode():
         obs = envs.obs
         buffer.start(obs, envs.fresh)
         while run.goes_on():

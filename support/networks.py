@@ -9,7 +9,6 @@ A change made here is counted by `memory.py` and trained by `sac.py` and `ppo.py
 line: both build these classes.
 """
 
-import itertools
 import math
 
 import torch
@@ -84,39 +83,34 @@ class Actor(nn.Module):
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
 
-def _tanh_network(*sizes: int, gain: float) -> nn.Sequential:
-    """Layers with tanh between them, biases 0, weights orthogonal: SB3 policies.py:617.
+class ActorCritic(nn.Module):
+    """PPO's policy and value function: obs (B, n) -> mean (B, k), log_std (k,), value (B,).
 
-    gain is that of the last layer's weights, the others' is sqrt(2).
+    Two networks without a weight in common, tanh after both hidden layers; their hidden layers lie
+    side by side. log_std depends on no observation. Weights start orthogonal: SB3 policies.py:617.
     """
-    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
-    for layer in layers:
-        nn.init.orthogonal_(layer.weight, gain if layer is layers[-1] else 2**0.5)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))[:-1]
-
-
-class Policy(nn.Module):
-    """PPO's policy: obs (B, n) -> mean (B, k) and log_std (k,), which no observation changes."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int):
         super().__init__()
-        self.layers = _tanh_network(obs_dim, hidden, hidden, act_dim, gain=0.01)
+        self.first = ParallelLinear(2, obs_dim, hidden)
+        self.second = ParallelLinear(2, hidden, hidden)
+        self.mean = nn.Linear(hidden, act_dim)
+        self.value = nn.Linear(hidden, 1)
         self.log_std = nn.Parameter(torch.zeros(act_dim))
+        for layer, gain in (
+            (self.first, 2**0.5),
+            (self.second, 2**0.5),
+            (self.mean, 0.01),
+            (self.value, 1.0),
+        ):
+            for weight in layer.weight.view(-1, *layer.weight.shape[-2:]).detach():
+                nn.init.orthogonal_(weight, gain)
+            nn.init.zeros_(layer.bias)
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.layers(obs), self.log_std
-
-
-class ValueFunction(nn.Module):
-    """PPO's V(s): obs (B, n) -> (B,)."""
-
-    def __init__(self, obs_dim: int, hidden: int):
-        super().__init__()
-        self.layers = _tanh_network(obs_dim, hidden, hidden, 1, gain=1.0)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return self.layers(obs).squeeze(-1)
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.tanh(self.second(torch.tanh(self.first(obs))))
+        of_policy, of_value = hidden.unbind(0)
+        return self.mean(of_policy), self.log_std, self.value(of_value).squeeze(-1)
 
 
 def flatten(*parts: nn.Module | nn.Parameter) -> nn.Parameter:
@@ -149,11 +143,11 @@ class Adam:
 
     def __init__(self, parameters: nn.Parameter, learning_rate: float, eps: float = 1e-8):
         self.parameters, self.learning_rate, self.eps = parameters, learning_rate, eps
-        self.mean = torch.zeros_like(parameters.detach())  # m_t
-        self.square = torch.zeros_like(parameters.detach())  # v_t
+        self.vector = parameters.detach()  # the same numbers, out of autograd's sight
+        self.mean = torch.zeros_like(self.vector)  # m_t
+        self.square = torch.zeros_like(self.vector)  # v_t
         self.steps = 0  # t
 
-    @torch.no_grad()
     def step(self, beta1: float = 0.9, beta2: float = 0.999) -> None:
         """Move the parameters by one step against the gradient."""
         self.steps += 1
@@ -164,7 +158,7 @@ class Adam:
         correction = math.sqrt(1 - beta2**self.steps)
         rate = self.learning_rate * correction / (1 - beta1**self.steps)
         scale = self.square.sqrt().add_(self.eps * correction)
-        self.parameters.addcdiv_(self.mean, scale, value=-rate)
+        self.vector.addcdiv_(self.mean, scale, value=-rate)
 
     def state_dict(self) -> dict:
         """For a checkpoint; the parameters are saved with their modules."""
