@@ -139,8 +139,8 @@ def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
-    """Entropy in nats of a diagonal Gaussian: log_std (k,) -> ()."""
-    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
+    """Entropy in nats of a diagonal Gaussian: log_std (k,), or (B, k) for the mean, -> ()."""
+    return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
 
 
 def compute_gae(
@@ -264,7 +264,9 @@ def main(args: Args) -> dict:
                 run.advance(reward, done)
                 bootstrap = truncated & ~terminated
                 if bootstrap.any():  # no end of the task: the true final observation has a value
-                    reward = reward + args.gamma * bootstrap * value_of(next_obs).numpy()
+                    reward = reward + np.where(
+                        bootstrap, args.gamma * value_of(next_obs).numpy(), 0
+                    )
                 buffer.add(obs, action, value.cpu().numpy(), reward, done)
                 obs = next_obs
                 if done.any():
@@ -275,10 +277,9 @@ def main(args: Args) -> dict:
             buffer.log_probs[:] = gaussian_log_prob(noise * log_std.exp(), 0 * noise, log_std)
 
             # --- Learn: n_epochs passes over the rollout in minibatches --------------------------
-            buffer.advantages[:], buffer.returns[:] = compute_gae(
-                *(buffer.rewards, buffer.values, buffer.ends, value_of(obs)),
-                *(args.gamma, args.gae_lambda),
-            )
+            rollout = buffer.rewards, buffer.values, buffer.ends, value_of(obs)
+            advantages, returns = compute_gae(*rollout, args.gamma, args.gae_lambda)
+            buffer.advantages[:], buffer.returns[:] = advantages, returns
             first_ratio = None
             for _ in range(args.n_epochs):
                 for batch in buffer.minibatches(args.batch_size):
@@ -309,6 +310,7 @@ def main(args: Args) -> dict:
             )
 
         # --- Sum up ------------------------------------------------------------------------------
+        check_recordings(act, gradient)
         result = run.finish(buffer, best_action, first_ratio_error=first_ratio_error.item())
     return parts | {"result": result}
 

@@ -298,6 +298,7 @@ def main(args: Args) -> dict:
 
             # --- Learn: as many updates as fell due with these transitions -----------------------
             step = progress.global_step
+            # How many multiples of train_freq this step has reached.
             rounds = step // args.train_freq - (step - args.num_envs) // args.train_freq
             updates = rounds * args.gradient_steps if step > args.learning_starts else 0
             for _ in range(updates):
@@ -330,6 +331,7 @@ def main(args: Args) -> dict:
                 )
 
         # --- Sum up ------------------------------------------------------------------------------
+        check_recordings(act, find_q_target, critic_gradient, actor_gradient)
         result = run.finish(buffer, best_action, buffer_size=sizes["buffer_size"])
     return parts | {"result": result}
 

@@ -84,8 +84,8 @@ def find_folder(script: str, args: Any, device: torch.device) -> Folder:
         paths = [file.parent for file in sorted(files, key=os.path.getmtime, reverse=True)]
     if not paths:
         raise ValueError(
-            f"--resume: {args.run_dir} holds no checkpoint of a run with these arguments; "
-            "repeat those it began with, or name its folder with --run-name"
+            f"--resume: {args.run_dir} holds no checkpoint of a run with these arguments (with "
+            "--checkpoint-every N a run keeps one); give those of another run, or its --run-name"
         )
     problems = [_why_not_resumable(path, args.total_timesteps) for path in paths]
     if None not in problems:
@@ -129,6 +129,8 @@ def _create(args: Any, name: str) -> Folder:
 
 def _why_not_resumable(path: Path, total_timesteps: int) -> str | None:
     """Why the run in a folder cannot be resumed, None if it can."""
+    if not path.is_dir():
+        return f"there is no folder {path}"
     if not (path / "checkpoint.pt").is_file():
         return (
             f"{path} has no checkpoint to go on from (--checkpoint-every N saves them); choose "

@@ -4,10 +4,11 @@
     loss, q = critic_gradient(obs, action, q_target)    # and critic_parameters.grad is set
 
 With networks this small PyTorch spends more time on calling operations, and on the graph that
-autograd needs, than on arithmetic. So the first call with each shape of inputs traces the loss and
-its gradient into one straight list of operations. Later calls replay that
-list. It is shortened without changing a result: what is known beforehand is computed once, what
-does nothing is left out, what stands twice is done once. Print `code.src` below to read a list.
+autograd needs, than on arithmetic. So the first call with each shape of inputs writes down the
+operations of the loss and of its gradient (`_Tape`), and later calls replay that list. The list is
+short: what is known beforehand is computed once, what does nothing is left out, what stands twice
+is done once. It runs in TorchScript, and in numpy for the single rows of acting. Each new list is
+compared with autograd before it is used. Print `code.src` in `_compile` to read one.
 
 What to know when you write a loss:
 
@@ -35,6 +36,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.in_numpy import IN_NUMPY
+
 TOLERANCE = 1e-4  # of a replay against autograd, relative to a result's largest entry
 Results = tuple[Tensor, ...]
 
@@ -46,63 +49,7 @@ ARITHMETIC = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
     *(aten.mul.Scalar, aten.div.Scalar),
 }
-SMALL = 4096  # numbers among the inputs; from there on torch is faster than numpy
-
-
-# Acting's operations in numpy. As functions of our own, since torch.fx finds them by name.
-def _affine(bias, x, weight):
-    return x @ weight + bias
-
-
-def _relu(x):
-    return np.maximum(x, 0)
-
-
-def _tanh(x):
-    return np.tanh(x)
-
-
-def _exp(x):
-    return np.exp(x)
-
-
-def _clamp(x, low, high):
-    return np.minimum(np.maximum(x, low), high)
-
-
-def _expand(x, shape):
-    new = len(shape) - x.ndim
-    sizes = [n if n >= 0 else x.shape[i - new] for i, n in enumerate(shape)]
-    return np.broadcast_to(x, sizes)
-
-
-def _squeeze(x, axis):
-    return np.squeeze(x, axis) if x.shape[axis] == 1 else x
-
-
-def _unbind(x):
-    return tuple(x)
-
-
-def _split(x, size, axis):
-    return np.split(x, range(size, x.shape[axis], size), axis)
-
-
-IN_NUMPY = {
-    torch.addmm: _affine,
-    torch.baddbmm: _affine,
-    torch.relu: _relu,
-    torch.tanh: _tanh,
-    torch.exp: _exp,
-    torch.mul: operator.mul,
-    torch.add: operator.add,
-    torch.clamp: _clamp,
-    torch.Tensor.expand: _expand,
-    torch.squeeze: _squeeze,
-    torch.unbind: _unbind,
-    aten.split.Tensor: _split,
-    operator.getitem: operator.getitem,
-}
+SMALL = 4096  # numbers in the inputs; with fewer, acting is faster in numpy
 
 
 class StaleRecording(Exception):
@@ -125,6 +72,9 @@ class Recorded:
         self.name = getattr(function, "__name__", type(function).__name__)
         if parameters is not None:
             parameters.grad = torch.zeros_like(parameters)
+            sizes = [view.numel() for view in parameters.views]
+            for view, grad in zip(parameters.views, parameters.grad.split(sizes), strict=True):
+                view.grad = grad.view_as(view)  # for torch's own optimisers
         self.replays: dict[tuple, Callable[..., Results]] = {}  # shapes of the inputs -> replay
         self.latest: tuple[tuple, Results] | None = None  # shapes and inputs
 
@@ -162,6 +112,11 @@ class Recorded:
             results = results if isinstance(results, tuple) else (results,)
             if self.parameters is None:
                 return results
+            if results[0].shape != () or not results[0].requires_grad:
+                raise ValueError(
+                    f"{self.name} must return a loss of shape () that depends on the parameters "
+                    f"it was recorded with, not {tuple(results[0].shape)}"
+                )
             gradients = torch.autograd.grad(
                 results[0], self.parameters.views, materialize_grads=True
             )
@@ -262,7 +217,7 @@ class _Tape(TorchDispatchMode):
         self, target: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if target is aten._local_scalar_dense.default:
-            raise RuntimeError("it branches on the values of tensors, or turns one into a number")
+            raise RuntimeError("it uses the value of a tensor (if, print, float() or .item())")
         kwargs = kwargs or {}
         read = [x for x in _flat((args, kwargs)) if isinstance(x, Tensor)]
         masked = target is not aten.index.Tensor or any(x.dtype == torch.bool for x in read[1:])
@@ -300,8 +255,10 @@ class _Tape(TorchDispatchMode):
         self.graph.eliminate_dead_code()
         calls = [node for node in self.graph.nodes if node.op == "call_function"]
         tensors = [*self.inputs, *self.constants.values()]
-        small = sum(x.numel() for x in self.inputs) < SMALL and all(x.is_cpu for x in tensors)
-        if small and all(node.target in IN_NUMPY for node in calls):
+        small = sum(x.numel() for x in self.inputs) < SMALL
+        # Of other dtypes numpy makes others than torch does.
+        small &= all(x.is_cpu and x.dtype == torch.float32 for x in tensors)
+        if small and all(node.target in IN_NUMPY and not node.kwargs for node in calls):
             return self._replay_in_numpy(calls)
         forward, constants = self._compile(), tuple(self.constants.values())
 
@@ -324,7 +281,8 @@ class _Tape(TorchDispatchMode):
         forward, named = self._compile(), types.SimpleNamespace(**arrays)
 
         def replay(*inputs: Tensor) -> Results:
-            results = forward(named, *[x.numpy() for x in inputs])
+            with np.errstate(all="ignore"):  # nan and inf go on, as in torch
+                results = forward(named, *[x.numpy() for x in inputs])
             return tuple([torch.from_numpy(np.array(result)) for result in results])
 
         return replay

@@ -269,7 +269,7 @@ def n_step() -> None:
 def value_clipping() -> None:
     parts = train_twice(ppo)
     obs, action, log_prob, _, ret = inputs_of("loss")
-    value = parts["value_function"](obs)
+    _, _, value = parts["actor_critic"](obs)
     old_value = value.detach() + torch.linspace(-1, 1, len(obs))  # as if V had moved that far
     ret = torch.randn(len(obs))
     clipped = torch.maximum(torch.minimum(value, old_value + 0.2), old_value - 0.2)
@@ -331,10 +331,10 @@ def normalised_observations() -> None:
     )  # evaluation changed nothing
     for obs in (seen[0], seen[-1], np.array([1e9, 0.0, 0.0])):
         normal = ((obs - norm.mean.numpy()) / np.sqrt(norm.var.numpy())).clip(-10, 10)
-        mean, _ = parts["policy"](torch.from_numpy(normal).float())
+        mean, _, _ = parts["actor_critic"](torch.from_numpy(normal[None]).float())
         (best_action,) = acting
         with torch.no_grad():
-            assert_close(best_action(obs), mean.clamp(-2, 2))
+            assert_close(best_action(obs), mean[0].clamp(-2, 2))
     assert torch.equal(train_twice(ppo)["obs_norm"].mean, norm.mean)  # restored, and moved on
 
 

@@ -143,7 +143,7 @@ def test_networks_have_the_papers_parameters(dims, ppo, with_targets):
 
 
 def test_a_change_of_the_networks_is_in_the_ledger_by_itself(monkeypatch):
-    class Normed(networks.Policy):
+    class Normed(networks.ActorCritic):
         def __init__(self, obs_dim, act_dim, hidden):
             super().__init__(obs_dim, act_dim, 3 * hidden)
             self.norm = torch.nn.LayerNorm(obs_dim)
@@ -151,7 +151,7 @@ def test_a_change_of_the_networks_is_in_the_ledger_by_itself(monkeypatch):
     before = allocated("sac", FixedPoint(2), **SAC)
     monkeypatch.setattr(memory, "learning", memory.learning.__wrapped__)  # without its cache
     monkeypatch.setattr(networks, "Critic", partial(networks.Critic, count=3))
-    monkeypatch.setattr(networks, "Policy", Normed)
+    monkeypatch.setattr(networks, "ActorCritic", Normed)
     after = allocated("sac", FixedPoint(2), **SAC)
     one = before["target networks"] // 2
     added = {row: after[row] - before[row] for row in after if after[row] != before[row]}
@@ -162,7 +162,7 @@ def test_a_change_of_the_networks_is_in_the_ledger_by_itself(monkeypatch):
         "Adam moments": 2 * one,
     }
     policy = 376 * 192 + 192 + 192 * 192 + 192 + 192 * 17 + 17 + 17 + 2 * 376
-    value_function = 376 * 64 + 64 + 64 * 64 + 64 + 64 + 1
+    value_function = 376 * 192 + 192 + 192 * 192 + 192 + 192 + 1
     assert memory.learning("ppo", 376, 17, 64)["networks"] == 4 * (policy + value_function)
 
 

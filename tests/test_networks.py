@@ -13,28 +13,33 @@ from support.networks import (
     LOG_STD_MAX,
     LOG_STD_MIN,
     Actor,
+    ActorCritic,
     Adam,
     Critic,
     ParallelLinear,
-    Policy,
-    ValueFunction,
     flatten,
     set_threads,
 )
 
 
-def separate(critic: Critic) -> list[nn.Sequential]:
-    """The critics one by one, as plain networks with the same weights."""
-    layers = [critic.first, critic.second, critic.last]
+def separate(network: Critic | ActorCritic) -> list[nn.Sequential]:
+    """The critics, or policy and value function, as plain networks with the same weights."""
+    if isinstance(network, Critic):
+        heads, activation = [network.last] * len(network.first.weight), nn.ReLU
+    else:
+        heads, activation = [network.mean, network.value], nn.Tanh
     networks = []
-    for i in range(len(critic.first.weight)):
-        network = nn.Sequential()
-        for layer in layers:
-            linear = nn.utils.skip_init(nn.Linear, *layer.weight.shape[1:])
-            linear.weight.data.copy_(layer.weight[i].T)
-            linear.bias.data.copy_(layer.bias[i, 0])
-            network.extend([linear, nn.ReLU()])
-        networks.append(network[:-1])
+    for i, head in enumerate(heads):
+        plain = nn.Sequential()
+        for layer in (network.first, network.second, head):
+            weight, bias = layer.weight, layer.bias
+            if isinstance(layer, ParallelLinear):
+                weight, bias = weight[i].T, bias[i, 0]
+            linear = nn.utils.skip_init(nn.Linear, *weight.T.shape)
+            linear.weight.data.copy_(weight)
+            linear.bias.data.copy_(bias)
+            plain.extend([linear, activation()])
+        networks.append(plain[:-1])
     return networks
 
 
@@ -108,22 +113,39 @@ def test_sacs_networks_start_like_torchs_linear(make):
                 assert not torch.equal(weight[0], weight[1]) and not torch.equal(bias[0], bias[1])
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_policy_and_value_function_equal_separate_networks(rows):
+    """And neither's loss has a gradient for the other, nor the mean's for log_std."""
+    torch.manual_seed(0)
+    network, obs = ActorCritic(5, 3, 16), torch.randn(rows, 5)
+    policy, value_function = separate(network)
+    mean, log_std, value = network(obs)
+    assert mean.shape == (rows, 3) and log_std is network.log_std and value.shape == (rows,)
+    torch.testing.assert_close(mean, policy(obs))
+    torch.testing.assert_close(value, value_function(obs)[:, 0])
+    mean.sum().backward(retain_graph=True)
+    assert network.log_std.grad is None and network.value.weight.grad is None
+    for layer in (network.first, network.second):
+        assert layer.weight.grad[0].any() and not layer.weight.grad[1].any()
+    network.zero_grad()
+    value.sum().backward()
+    assert network.log_std.grad is None and network.mean.weight.grad is None
+    for layer in (network.first, network.second):
+        assert layer.weight.grad[1].any() and not layer.weight.grad[0].any()
+
+
 def test_ppos_networks_start_orthogonal_with_sb3s_gains():
     torch.manual_seed(0)
-    policy, value_function = Policy(20, 6, 64), ValueFunction(20, 64)
-    for network, last_gain in ((policy, 0.01), (value_function, 1.0)):
-        linears = [part for part in network.layers if isinstance(part, nn.Linear)]
-        assert [type(part) for part in network.layers[1::2]] == [nn.Tanh, nn.Tanh]
-        for linear, gain in zip(linears, (2**0.5, 2**0.5, last_gain), strict=True):
+    network = ActorCritic(20, 6, 64)
+    for plain, last_gain in zip(separate(network), (0.01, 1.0), strict=True):
+        for linear, gain in zip(plain[::2], (2**0.5, 2**0.5, last_gain), strict=True):
             weight = linear.weight.detach()
             gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
             torch.testing.assert_close(gram, gain**2 * torch.eye(len(gram)), atol=1e-5, rtol=0)
             assert not linear.bias.any()
-    assert not torch.equal(policy.layers[0].weight, value_function.layers[0].weight)
-    assert policy.log_std.tolist() == [0.0] * 6
-    mean, log_std = policy(torch.randn(9, 20))
-    assert mean.shape == (9, 6) and log_std is policy.log_std
-    assert value_function(torch.randn(9, 20)).shape == (9,)
+    for layer in (network.first, network.second):
+        assert not torch.equal(layer.weight[0], layer.weight[1])
+    assert network.log_std.tolist() == [0.0] * 6
 
 
 # --- One vector ----------------------------------------------------------------------------------
@@ -182,10 +204,10 @@ def test_a_copy_made_before_or_after_flatten_has_memory_of_its_own():
 @pytest.mark.parametrize("eps", [{}, {"eps": 1e-5}], ids=["default", "1e-5"])
 def test_adam_over_the_vector_equals_torchs_over_every_tensor(eps):
     torch.manual_seed(0)
-    policy, value_function = Policy(5, 2, 8), ValueFunction(5, 8)
-    parameters = itertools.chain(policy.parameters(), value_function.parameters())
+    network, critic = ActorCritic(5, 2, 8), Critic(5, 2, 8)
+    parameters = itertools.chain(network.parameters(), critic.parameters())
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
-    vector = flatten(policy, value_function)
+    vector = flatten(network, critic)
     adam, plain = Adam(vector, 0.01, **eps), torch.optim.Adam(theirs, 0.01, **eps)
     for step in range(20):
         if step == 10:

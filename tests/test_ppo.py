@@ -1,5 +1,6 @@
 """PPO's maths against oracles, whole updates against plain ones and SB3's, and the ratio."""
 
+import copy
 import re
 
 import gymnasium as gym
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import scalars
+from test_networks import separate
 from test_recording import Checked
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -18,7 +20,7 @@ from buffers import RolloutBatch
 from ppo import Args
 from quantize import Packed
 from support import envs
-from support.networks import Policy, ValueFunction
+from support.networks import ActorCritic
 
 ARRAYS = ("actions", "log_probs", "values", "rewards", "ends", "advantages", "returns")
 
@@ -33,11 +35,12 @@ def tiny(tmp_path, **changes) -> Args:
 
 def weights_of(trained: dict) -> dict[str, torch.Tensor]:
     """Every parameter of a run, by name."""
-    return {
-        f"{part}.{name}": parameter.detach()
-        for part in ("policy", "value_function")
-        for name, parameter in trained[part].named_parameters()
-    }
+    return {name: p.detach() for name, p in trained["actor_critic"].named_parameters()}
+
+
+def plain_parameters(network: ActorCritic) -> list[torch.Tensor]:
+    """log_std, then weights and biases of the policy's layers and of the value function's."""
+    return [network.log_std, *(p for plain in separate(network) for p in plain.parameters())]
 
 
 # --- The maths -----------------------------------------------------------------------------------
@@ -112,6 +115,9 @@ def test_gaussian_equals_torch_distributions():
         ppo.gaussian_log_prob(action, mean, log_std), normal.log_prob(action)
     )
     torch.testing.assert_close(ppo.gaussian_entropy(log_std), normal.entropy()[0])
+    one_each = torch.randn(100, 4)  # as of a policy whose std depends on the observation
+    expected = Independent(Normal(0.0, one_each.exp()), 1).entropy().mean()
+    torch.testing.assert_close(ppo.gaussian_entropy(one_each), expected)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +161,12 @@ def test_normalize():
 )
 @pytest.mark.filterwarnings("error")  # nothing falls back
 def test_every_function_agrees_with_autograd_at_every_call(tmp_path, monkeypatch, changes):
-    """Pendulum truncates its episodes after 200 steps, so all functions are called."""
     monkeypatch.setattr(ppo, "Recorded", Checked)
     args = tiny(tmp_path, learning_rate=0.01, **changes)
     with Checked.counting() as calls:
         ppo.main(args)
     minibatches = -(-256 * args.num_envs // args.batch_size)
-    assert calls == {"sample_action": 256, "ValueFunction": 2, "loss": 2 * minibatches}
+    assert calls == {"sample_action": 256, "loss": 2 * minibatches}
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_envs": 3, "quant_m": 1, "batch_size": 100}])
@@ -208,10 +213,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capfd, e
 # --- Whole updates -------------------------------------------------------------------------------
 
 
-def initial(args: Args) -> tuple[Policy, ValueFunction]:
-    """Policy and value function as main starts them, on Pendulum; so stands torch's generator."""
+def initial(args: Args) -> ActorCritic:
+    """The networks as main starts them, on Pendulum; torch's generator stands right after."""
     torch.manual_seed(args.seed)
-    return Policy(3, 1, args.hidden), ValueFunction(3, args.hidden)
+    return ActorCritic(3, 1, args.hidden)
+
+
+def last_gradient(trained: dict) -> ActorCritic:
+    """The gradient of the last minibatch, in place of the weights that it belongs to."""
+    network = copy.deepcopy(trained["actor_critic"])
+    nn.utils.vector_to_parameters(trained["adam"].parameters.grad, network.parameters())
+    return network
 
 
 def watched_run(monkeypatch, args: Args) -> tuple[dict, list[RolloutBatch], list[dict]]:
@@ -223,7 +235,8 @@ def watched_run(monkeypatch, args: Args) -> tuple[dict, list[RolloutBatch], list
             if len(minibatches) % (args.n_epochs * args.n_steps // batch_size) == 0:
                 rollouts.append({name: getattr(self, name).numpy().copy() for name in ARRAYS})
             for batch in super().minibatches(batch_size):
-                minibatches.append(RolloutBatch(*(field.clone() for field in batch)))
+                with torch.inference_mode(False):  # autograd is to take them
+                    minibatches.append(RolloutBatch(*(field.clone() for field in batch)))
                 yield batch
 
     monkeypatch.setattr(ppo, "RolloutBuffer", Watched)
@@ -251,9 +264,10 @@ def test_an_update_equals_a_plain_reimplementation_of_sb3s(
     trained, minibatches, rollouts = watched_run(monkeypatch, args)
     assert (len(minibatches), len(rollouts)) == (32, 2)
 
-    policy, value_function = initial(args)
-    actor, critic, log_std = policy.layers, value_function.layers, policy.log_std
-    parameters = [*policy.parameters(), *value_function.parameters()]
+    network = initial(args)
+    actor, critic = separate(network)
+    log_std = network.log_std
+    parameters = [log_std, *actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5)
     clipped, upcoming = 0, iter(minibatches)
 
@@ -302,10 +316,12 @@ def test_an_update_equals_a_plain_reimplementation_of_sb3s(
             clipped += norm.item() > args.max_grad_norm
             optimizer.step()
     assert clipped and (clipped == 32) == always_clipped
-    for ours, expected in zip(weights_of(trained).values(), parameters, strict=True):
-        torch.testing.assert_close(ours, expected.detach(), atol=1e-5, rtol=1e-4)
-    ours, expected = trained["adam"].parameters.grad, [p.grad.flatten() for p in parameters]
-    torch.testing.assert_close(ours, torch.cat(expected), atol=1e-5, rtol=1e-4)
+    for ours, expected in (
+        (trained["actor_critic"], parameters),
+        (last_gradient(trained), [p.grad for p in parameters]),
+    ):
+        for mine, other in zip(plain_parameters(ours), expected, strict=True):
+            torch.testing.assert_close(mine.detach(), other.detach(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -320,14 +336,14 @@ def test_eighty_minibatches_equal_stable_baselines3s(tmp_path, monkeypatch, eage
         tmp_path, hidden=64, quant_m=1, n_epochs=10, batch_size=32, ent_coef=0.01, eager=eager
     )
     trained, minibatches, _ = watched_run(monkeypatch, args)
-    policy, value_function = initial(args)
+    policy, value_function = separate(initial(args))
     options = {"n_epochs": 10, "batch_size": 32, "ent_coef": 0.01, "device": "cpu"}
     model = sb3.PPO("MlpPolicy", "Pendulum-v1", **options)
     model.set_logger(Logger(None, []))
     extractor, theirs = model.policy.mlp_extractor, [model.policy.log_std]
     for body, head, plain in (
-        (extractor.policy_net, model.policy.action_net, policy.layers),
-        (extractor.value_net, model.policy.value_net, value_function.layers),
+        (extractor.policy_net, model.policy.action_net, policy),
+        (extractor.value_net, model.policy.value_net, value_function),
     ):
         for linear, same in zip((body[0], body[2], head), plain[::2], strict=True):
             linear.load_state_dict(same.state_dict())
@@ -341,12 +357,12 @@ def test_eighty_minibatches_equal_stable_baselines3s(tmp_path, monkeypatch, eage
     model.train()
     assert len(samples) == 80 and next(upcoming, None) is None
 
-    ours = list(weights_of(trained).values())
+    ours = plain_parameters(trained["actor_critic"])
     apart = [(x - y).abs().max().item() for x, y in zip(ours, theirs, strict=True)]
     print(f"largest difference of a weight after 80 minibatches: {max(apart):.2g}")
     assert max(apart) < 5e-6
-    gradient = torch.cat([parameter.grad.flatten() for parameter in theirs])
-    torch.testing.assert_close(trained["adam"].parameters.grad, gradient, atol=1e-5, rtol=1e-3)
+    for mine, other in zip(plain_parameters(last_gradient(trained)), theirs, strict=True):
+        torch.testing.assert_close(mine.detach(), other.grad, atol=1e-5, rtol=1e-3)
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -372,6 +388,30 @@ def test_first_ratio_is_one_exactly_where_it_should_be(tmp_path, changes, exact)
     assert (error < 2e-6) == exact
 
 
+class Shifted(ActorCritic):
+    def forward(self, obs):
+        mean, log_std, value = super().forward(obs)
+        return mean, log_std - 1, value
+
+
+class StateDependent(ActorCritic):
+    def forward(self, obs):
+        mean, log_std, value = super().forward(obs)
+        return mean, log_std + torch.tanh(obs[:, :1]), value
+
+
+@pytest.mark.parametrize("network", [Shifted, StateDependent])
+@pytest.mark.parametrize("changes", [{}, {"num_envs": 3, "eager": True}])
+def test_every_update_starts_at_ratio_one_whatever_std_the_policy_returns(
+    tmp_path, monkeypatch, network, changes
+):
+    monkeypatch.setattr(ppo, "ActorCritic", network)
+    steps = 4 * 256 * changes.get("num_envs", 1)
+    ppo.main(tiny(tmp_path, total_timesteps=steps, learning_rate=0.01, run_name="run", **changes))
+    errors = [error for _, error in scalars(tmp_path / "run")["losses/first_ratio_error"]]
+    assert len(errors) == 4 and max(errors) < 1e-5
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -389,11 +429,11 @@ def test_first_ratio_is_one_exactly_where_it_should_be(tmp_path, changes, exact)
 def test_a_run_updates_every_parameter(tmp_path, changes):
     args = tiny(tmp_path, **changes)
     trained = ppo.main(args)
-    after, (policy, value_function) = weights_of(trained), initial(args)
-    for part, network in (("policy", policy), ("value_function", value_function)):
-        for name, before in network.named_parameters():
-            now = after[f"{part}.{name}"]
-            assert now.isfinite().all() and not torch.equal(before, now)
+    after = weights_of(trained)
+    for name, before in initial(args).named_parameters():
+        assert after[name].isfinite().all() and not torch.equal(before, after[name])
+        if name.startswith(("first", "second")):  # of both networks
+            assert not any(map(torch.equal, before, after[name]))
     assert trained["result"]["global_step"] == 256 * args.num_envs
 
 

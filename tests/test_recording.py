@@ -10,11 +10,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import SCRIPTS
 from hypothesis import given, settings
 from torch import nn
 
-from support.networks import Adam, Critic, flatten
-from support.recording import Recorded, StaleRecording, check_recordings
+from support.networks import Actor, ActorCritic, Adam, Critic, flatten
+from support.recording import Recorded, StaleRecording, _Tape, check_recordings
 
 pytestmark = pytest.mark.filterwarnings("error")  # no loss falls back unless a test says so
 
@@ -26,11 +27,12 @@ def weights(*shapes: tuple[int, ...]) -> tuple[nn.Parameter, list[nn.Parameter]]
 
 
 def assert_close(ours, theirs, rtol: float = 1e-5) -> None:
-    """Equal to rtol of the largest entry."""
+    """Equal to rtol of the largest finite entry."""
     ours, theirs = ([x] if isinstance(x, torch.Tensor) else x for x in (ours, theirs))
     for mine, expected in zip(ours, theirs, strict=True):
         assert (mine.shape, mine.dtype) == (expected.shape, expected.dtype)
-        scale = expected.double().abs().max().item() if expected.numel() else 0.0
+        finite = expected[expected.isfinite()].double()
+        scale = finite.abs().max().item() if finite.numel() else 0.0
         torch.testing.assert_close(mine, expected, rtol=rtol, atol=rtol * scale, equal_nan=True)
 
 
@@ -253,11 +255,122 @@ def test_results_of_one_function_go_into_another():
     for eager in (False, True):
         gradient = Recorded(lambda x, y: (x * w - y).square().mean(), vector, eager)
         x = torch.randn(3, 4)
-        assert target(x).is_inference()
-        gradient(x, target(x))
+        with torch.inference_mode():
+            y = target(x)
+            assert y.is_inference()
+            gradient(x, y)
         expected = (2 / 12 * (x * w - 2 * x) * x).sum(0)
         assert_close(vector.grad, expected.detach())
         check_recordings(target, gradient)
+
+
+# --- TorchScript and numpy -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The lists that TorchScript runs."""
+    lists, trace = [], torch.jit.trace
+
+    def watched(*args, **kwargs):
+        lists.append(trace(*args, **kwargs))
+        return lists[-1]
+
+    monkeypatch.setattr(torch.jit, "trace", watched)
+    return lists
+
+
+def refused(*args, **kwargs):
+    raise RuntimeError("unknown to TorchScript")
+
+
+@pytest.mark.parametrize(("name", "losses"), [("sac", 3), ("ppo", 2)])
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_the_scripts_losses_run_in_torchscript_and_in_python_with_the_same_bits(
+    tmp_path, monkeypatch, traced, name, losses, num_envs
+):
+    """SAC's target and two losses, PPO's loss for both sizes of a minibatch."""
+    sizes = {"sac": {"learning_starts": 30, "buffer_size": 200}, "ppo": {"n_steps": 70}}[name]
+    options = sizes | {"total_timesteps": 210, "batch_size": 16, "hidden": 8, "eval_episodes": 0}
+
+    def weights_of_a_run() -> list[torch.Tensor]:
+        module = SCRIPTS[name]
+        run = {"env": "Pendulum-v1", "run_dir": str(tmp_path), "num_envs": num_envs}
+        parts = module.main(module.Args(**run, **options))
+        return [part.parameters for part in parts.values() if isinstance(part, Adam)]
+
+    in_torchscript = weights_of_a_run()
+    assert len(traced) == losses
+    assert all(isinstance(ran, torch.jit.ScriptFunction) for ran in traced)
+    monkeypatch.setattr(torch.jit, "trace", refused)
+    for one, same in zip(in_torchscript, weights_of_a_run(), strict=True):
+        assert torch.equal(one, same)
+
+
+def test_what_torchscript_does_not_know_runs_in_python(traced):
+    torch.manual_seed(0)
+    vector, (w,) = weights((5, 4))
+    recorded = assert_agrees(
+        lambda x: LOSSES["layer norm"](x, w), vector, lambda: [torch.randn(5, 4)]
+    )
+    assert not traced and not recorded.eager and len(recorded.replays) == 1
+
+
+@pytest.fixture
+def in_numpy(monkeypatch):
+    """The names of the operations that numpy runs, for each of its lists."""
+    lists, replay = [], _Tape._replay_in_numpy
+
+    def watched(tape, calls):
+        lists.append([node.name for node in calls])
+        return replay(tape, calls)
+
+    monkeypatch.setattr(_Tape, "_replay_in_numpy", watched)
+    return lists
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("network", [Actor, ActorCritic])
+def test_acting_runs_in_numpy_and_follows_the_parameters(in_numpy, network, rows):
+    torch.manual_seed(0)
+    network = network(5, 2, 16)
+    vector = flatten(network)
+
+    def act(obs, noise):
+        mean, log_std, *value = network(obs)
+        return mean + log_std.exp() * noise, log_std.expand_as(mean), *value
+
+    recorded = Recorded(act)
+    for _ in range(3):
+        inputs = torch.randn(rows, 5), torch.randn(rows, 2)
+        assert_close(recorded(*inputs), [x.detach() for x in act(*inputs)])
+        with torch.no_grad():
+            vector += 0.1 * torch.randn_like(vector)
+    assert len(in_numpy) == 1
+    assert isinstance(Recorded(act)(torch.randn(2000, 5), torch.randn(2000, 2)), tuple)
+    assert len(in_numpy) == 1  # torch is faster there
+
+
+SHAPED = torch.linspace(-2, 2, 12).view(3, 1, 4)
+IN_NUMPY_TOO = {
+    "squeeze": lambda x: (x.squeeze(), x.squeeze(1), x.squeeze(0), x.squeeze((0, 1))),
+    "unbind": lambda x: (*x.tanh().unbind(), *x.unbind(-1), *x.unbind(1)),
+    "chunk": lambda x: (*x.tanh().chunk(2), *x.chunk(3, -1), *x.split(3, 2)),
+    "clamp": lambda x: (x.clamp(-1, 1), x.clamp(min=0), x.clamp(max=0), x.clamp(0.5 * x, x * x)),
+    "expand": lambda x: (x.expand(2, 3, 5, 4), x.expand(-1, 2, -1)),
+    "overflow": lambda x: ((100 * x).exp(), (100 * x).exp() * 0, 3e38 * x),
+}
+
+
+@pytest.mark.parametrize("name", IN_NUMPY_TOO)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int32])
+def test_numpy_gives_torchs_shapes_and_dtypes(in_numpy, name, dtype):
+    function, x = IN_NUMPY_TOO[name], SHAPED.to(dtype)
+    recorded = Recorded(lambda x: tuple(torch.relu(y) * 2 for y in function(x)))
+    assert_close(recorded(x), [torch.relu(y) * 2 for y in function(x)])
+    assert not recorded.eager and len(in_numpy) == (dtype == torch.float32)
+    scale = torch.tensor(2.0, dtype=torch.float64)  # alone it makes no result float64
+    assert Recorded(lambda x: x * scale)(x).dtype == (x * scale).dtype
 
 
 # --- What changes between calls ------------------------------------------------------------------
@@ -366,7 +479,7 @@ def test_a_loss_that_branches_falls_back_with_one_warning():
     ("function", "reason"),
     [
         (lambda x, w: (x * w)[x > 0].mean(), "size of a result depends on"),
-        (lambda x, w: (x * w).sum() * x[0, 0].item(), "turns one into a number"),
+        (lambda x, w: (x * w).sum() * x[0, 0].item(), "uses the value of a tensor"),
         (lambda x, w: (x * w).sum() * len(x.unique()), "size of a result depends on"),
         (lambda x, w: (x * w + torch.from_numpy(x.numpy().copy())).square().sum(), "other numbers"),
         (lambda x, w: torch.zeros_like(x).add_(x).mul(w).sum(), "other numbers"),

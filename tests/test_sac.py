@@ -384,7 +384,7 @@ def test_fifty_updates_equal_stable_baselines3s(tmp_path, monkeypatch, eager):
         )
         for batch in (ReplayBatch(*(x.clone() for x in batch)) for batch in seen.batches)
     ]  # fmt: skip
-    queue = iter([part for noise in noises if noise.ndim == 3 for part in noise])
+    queue = iter([part for noise in noises if noise.ndim == 3 for part in noise.clone()])
     monkeypatch.setattr(
         torch.distributions.normal, "_standard_normal", lambda *_, **__: next(queue)
     )
