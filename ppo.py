@@ -109,10 +109,8 @@ class Args:
 def check(args: Args) -> None:
     """Raise ValueError with one clear line for arguments that do not go together."""
     if args.batch_size > args.n_steps * args.num_envs:
-        raise ValueError(
-            f"--batch-size {args.batch_size} is larger than the buffer: --n-steps {args.n_steps} "
-            f"times --num-envs {args.num_envs}"
-        )
+        sizes = f"--n-steps {args.n_steps} times --num-envs {args.num_envs}"
+        raise ValueError(f"--batch-size {args.batch_size} is larger than the buffer: {sizes}")
 
 
 def prepare(args: Args) -> tuple:
@@ -246,6 +244,7 @@ def main(args: Args) -> dict:
         "progress": progress,
         "first_ratio_error": first_ratio_error,
     }
+    # Inference mode is the fastest; gradients come from what is recorded above, not .backward().
     with runs.Run("ppo.py", args, device, folder, **parts) as run, torch.inference_mode():
         obs = envs.obs
         while run.goes_on():
@@ -278,8 +277,8 @@ def main(args: Args) -> dict:
 
             # --- Learn: n_epochs passes over the rollout in minibatches --------------------------
             rollout = buffer.rewards, buffer.values, buffer.ends, value_of(obs)
-            advantages, returns = compute_gae(*rollout, args.gamma, args.gae_lambda)
-            buffer.advantages[:], buffer.returns[:] = advantages, returns
+            gae = compute_gae(*rollout, args.gamma, args.gae_lambda)
+            buffer.advantages[:], buffer.returns[:] = gae
             first_ratio = None
             for _ in range(args.n_epochs):
                 for batch in buffer.minibatches(args.batch_size):

@@ -259,7 +259,7 @@ def main(args: Args) -> dict:
     def best_action(obs: np.ndarray) -> np.ndarray:
         """Deterministic action for one observation: tanh of the mean."""
         no_noise = torch.zeros(1, act_dim, device=device)
-        return to_env(act(acted_on(obs[None]), no_noise)[0].cpu().numpy())
+        return to_env(policy(acted_on(obs[None]), no_noise)[0].cpu().numpy())
 
     progress, buffer_bytes = runs.Progress(args.num_envs), buffer.nbytes
     parts = {  # all that the next step depends on: saved in checkpoints, restored by --resume
@@ -274,6 +274,7 @@ def main(args: Args) -> dict:
         "action_space": envs.action_space.np_random,
         "progress": progress,
     }
+    # Inference mode is the fastest; gradients come from what is recorded above, not .backward().
     with runs.Run("sac.py", args, device, folder, **parts) as run, torch.inference_mode():
         obs = envs.obs
         buffer.start(obs, envs.fresh)
@@ -305,6 +306,7 @@ def main(args: Args) -> dict:
                 batch = buffer.sample(args.batch_size)
                 noise, next_noise = torch.randn(2, args.batch_size, act_dim, device=device)
                 y = find_q_target(batch.next_obs, next_noise, batch.reward, batch.terminated)
+                # Each of the two also sets the .grad of its parameters.
                 qf_loss, q = critic_gradient(batch.obs, batch.action, y)
                 critic_adam.step()
                 _, pi_loss, temperature_loss, log_prob = actor_gradient(batch.obs, noise)

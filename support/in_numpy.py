@@ -32,20 +32,23 @@ def _clamp(x, low=None, high=None):
 
 
 def _expand(x, shape):
-    new = len(shape) - x.ndim  # axes in front
-    return np.broadcast_to(x, [x.shape[i - new] if n == -1 else n for i, n in enumerate(shape)])
+    return x + np.zeros(shape, x.dtype)  # a third of np.broadcast_to's time
 
 
 def _squeeze(x, axes=None):
+    if axes == -1:  # numpy's own functions for these three take several us
+        return x[..., 0] if x.shape[-1] == 1 else x
     axes = (axes,) if isinstance(axes, int) else range(x.ndim) if axes is None else axes
     return np.squeeze(x, tuple([i for i in axes if x.shape[i] == 1]))
 
 
 def _unbind(x, axis=0):
-    return tuple(np.moveaxis(x, axis, 0))
+    return tuple(x if axis == 0 else np.moveaxis(x, axis, 0))
 
 
 def _split(x, size, axis=0):
+    if axis == -1:
+        return [x[..., i : i + size] for i in range(0, x.shape[-1], size)]
     return np.split(x, range(size, x.shape[axis], size), axis)
 
 

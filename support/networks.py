@@ -5,8 +5,8 @@
     adam = Adam(parameters, learning_rate=3e-4)            # steps against parameters.grad
     q = critic(obs, action)                                # (B, 17), (B, 6) -> (2, B)
 
-A change made here is counted by `memory.py` and trained by `sac.py` and `ppo.py` without another
-line: both build these classes.
+A change made here, of a default too, is counted by `memory.py` and trained by `sac.py` and `ppo.py`
+without another line: both build these classes.
 """
 
 import math
@@ -117,11 +117,11 @@ def flatten(*parts: nn.Module | nn.Parameter) -> nn.Parameter:
     """Move the parameters of modules, and lone ones, into one vector (P,), of which they are views.
 
     One operation on the vector then serves them all: a step of Adam, the soft update of the
-    targets, the norm of a gradient. Its attribute `views` lists them.
+    targets, the norm of a gradient. Its attribute `views` lists them. What requires no gradient is
+    left out. Do not flatten a parameter twice, nor move a module afterwards by `.to`.
     """
-    views = [
-        p for part in parts for p in (part.parameters() if isinstance(part, nn.Module) else [part])
-    ]
+    lists = [part.parameters() if isinstance(part, nn.Module) else [part] for part in parts]
+    views = [view for views in lists for view in views if view.requires_grad]
     vector = nn.Parameter(torch.cat([view.detach().flatten() for view in views]))
     for view, values in zip(views, vector.detach().split([v.numel() for v in views]), strict=True):
         view.data = values.view_as(view)

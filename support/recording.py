@@ -12,12 +12,14 @@ compared with autograd before it is used. Print `code.src` in `_compile` to read
 
 What to know when you write a loss:
 
-- It takes tensors and returns the loss, or the loss and other tensors; it changes none in place.
-- Whatever changes from call to call must be an input, or a tensor that is changed in place, as the
-  parameters are. **A Python number stays what it was while recording.** `check_recordings`, which
-  the scripts call whenever they log, then stops the run with a line that names the loss.
-- A loss that branches on the values of tensors cannot be recorded. One warning says so, and then
-  autograd runs at every call.
+- It takes tensors and returns the loss, or the loss and other tensors. What you want to see or log
+  must be among the results; what it stores elsewhere stays that of the recording.
+- Whatever changes from call to call must be an input, or a tensor that the loop changes in place,
+  as Adam does the parameters. **A Python number stays what it was while recording.** The scripts
+  call `check_recordings` whenever they log and at the end; it stops the run and names the loss.
+- A loss that uses the values of tensors (if, print, .item()), or that changes a tensor from outside
+  in place (BatchNorm's statistics), cannot be recorded. One warning says so, and then autograd runs
+  at every call.
 - With `--eager` it does so for all losses: prints and breakpoints work inside them, at about half
   the speed, and the numbers agree up to rounding.
 """
@@ -27,6 +29,7 @@ import math
 import operator
 import types
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,11 +37,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.in_numpy import IN_NUMPY
 
-TOLERANCE = 1e-4  # of a replay against autograd, relative to a result's largest entry
+TOLERANCE = 1e-4  # of a replay against autograd, relative to a gradient's largest entry
+MOST_SHAPES = 16  # of the inputs of one function; each takes a recording
 Results = tuple[Tensor, ...]
 
 aten = torch.ops.aten
@@ -75,8 +80,9 @@ class Recorded:
             sizes = [view.numel() for view in parameters.views]
             for view, grad in zip(parameters.views, parameters.grad.split(sizes), strict=True):
                 view.grad = grad.view_as(view)  # for torch's own optimisers
-        self.replays: dict[tuple, Callable[..., Results]] = {}  # shapes of the inputs -> replay
-        self.latest: tuple[tuple, Results] | None = None  # shapes and inputs
+        self.replays: dict[tuple, Callable[..., Results]] = {}  # shapes and dtypes -> replay
+        self.latest: dict[tuple, Results] = {}  # the same -> latest inputs
+        self.problem: str | None = None  # why it is not recorded, until that was said
 
     def __call__(self, *inputs: Tensor) -> Any:
         """The function's results, without a graph. Fastest within `torch.inference_mode`.
@@ -85,13 +91,14 @@ class Recorded:
             FloatingPointError: the loss, or its gradient squared, is not finite. A step of Adam
                 would turn every parameter into nan.
         """
-        shapes = tuple([x.shape for x in inputs])
-        replay = None if self.eager else self.replays.get(shapes) or self._record(shapes, inputs)
+        key = tuple([(x.shape, x.dtype) for x in inputs])
+        replay = None if self.eager else self.replays.get(key) or self._record(key, inputs)
         if replay is None:
-            results = self._by_autograd(*inputs)
+            results = self._by_autograd(*inputs)  # before the warning, if it is itself at fault
+            self._warn_once()
         else:
             results = replay(*inputs)
-            self.latest = shapes, inputs
+            self.latest[key] = inputs
         if self.parameters is not None:
             count, gradient = len(self.parameters.views), self.parameters.grad
             results, parts = results[:-count], results[-count:]
@@ -123,31 +130,44 @@ class Recorded:
         vectors = [gradient.reshape(-1) for gradient in gradients]
         return (*(result.detach() for result in results), *vectors)
 
-    def _record(self, shapes: tuple, inputs: Results) -> Callable[..., Results] | None:
-        """Trace the function for these shapes; None and a warning if it has to be autograd."""
+    def _record(self, key: tuple, inputs: Results) -> Callable[..., Results] | None:
+        """Trace the function for these inputs; None and a warning if it has to be autograd."""
         try:
+            if len(self.replays) == MOST_SHAPES:
+                raise RuntimeError(f"it is called with more than {MOST_SHAPES} shapes of inputs")
             with torch.inference_mode(False), _same_random_numbers():
                 copies = [x.clone() for x in inputs]
-                with _Tape(copies) as tape:
+                tape = _Tape(copies)
+                with _NoValues(), tape:
                     results = self._by_autograd(*copies)
+                if tape.overwrites:
+                    tape = _Tape(copies, shorten=False)
+                    with _NoValues(), tape:
+                        results = self._by_autograd(*copies)
                 replay = tape.replay(results)
                 # Inputs whose values cannot be in the tape, even if they have only one row.
-                others = [0.9 * x.flip(0) if x.is_floating_point() else x.flip(0) for x in copies]
+                others = [
+                    ~x if x.dtype == torch.bool else 0.9 * x.flip(0) if x.is_floating_point() else x
+                    for x in copies
+                ]
             agrees = self._agrees(replay, inputs) and self._agrees(replay, others)
             problem = None if agrees else "its replay gives other numbers"
         except Exception as error:  # whatever tracing makes of code that it cannot follow
             problem = (str(error).splitlines() or [type(error).__name__])[0]
         if problem is None:
-            self.replays[shapes] = replay
+            self.replays[key] = replay
             return replay
-        with _same_random_numbers():
-            self._by_autograd(*inputs)  # an error of the function itself is raised here
-        warnings.warn(
-            f"{self.name} cannot be recorded, so it runs through autograd, slower: {problem}",
-            stacklevel=3,
-        )
-        self.eager = True
+        self.eager, self.problem = True, problem
         return None
+
+    def _warn_once(self) -> None:
+        if self.problem:
+            warnings.warn(
+                f"{self.name} cannot be recorded, so it runs through autograd, slower: "
+                f"{self.problem}",
+                stacklevel=3,
+            )
+        self.problem = None
 
     def _agrees(self, replay: Callable[..., Results], inputs: Results) -> bool:
         with torch.inference_mode(False), torch.no_grad():
@@ -158,10 +178,19 @@ class Recorded:
             with _same_random_numbers():
                 torch.rand(1, device=inputs[0].device)
                 found = replay(*inputs)
-            for result, reference in zip(found, expected, strict=True):
-                result, reference = result.double(), reference.double()  # they may be bool
-                finite = reference.abs().nan_to_num(0.0, 0.0, 0.0).flatten()
-                scale = finite.max().item() if len(reference.shape) and len(finite) else 1
+            gradients = [] if self.parameters is None else self.parameters.views
+            first_gradient = len(expected) - len(gradients)
+            for i, (result, reference) in enumerate(zip(found, expected, strict=True)):
+                if (result.shape, result.dtype) != (reference.shape, reference.dtype):
+                    return False
+                result, reference = result.double(), reference.double()
+                scale = (
+                    reference.abs().nan_to_num(0.0, 0.0, 0.0).amax().item()
+                    if reference.numel()
+                    else 0.0
+                )
+                if i < first_gradient:
+                    scale = max(scale, 1.0)  # a value near 0 may be a difference of large ones
                 tolerance = dict(rtol=TOLERANCE, atol=TOLERANCE * scale, equal_nan=True)
                 if not torch.allclose(result, reference, **tolerance):
                     return False
@@ -172,15 +201,22 @@ def check_recordings(*functions: Recorded) -> None:
     """Compare replays with autograd, for the latest inputs of every function.
 
     Raises:
-        StaleRecording: they differ.
+        StaleRecording: they differ, or the parameters are no longer those that Adam changes.
     """
     for function in functions:
-        if function.latest and not function.eager:
-            shapes, inputs = function.latest
-            if not function._agrees(function.replays[shapes], inputs):
+        if function.parameters is not None:
+            views = [view.detach().flatten() for view in function.parameters.views]
+            if not torch.equal(torch.cat(views).cpu(), function.parameters.detach().cpu()):
                 raise StaleRecording(
-                    f"{function.name} gives other numbers than when it was recorded: it reads a "
-                    "Python value that has changed; pass that in as a tensor, or use --eager"
+                    f"the parameters of {function.name} have left the vector that Adam changes: "
+                    "call `flatten` after .to(), and only once for each of them"
+                )
+        for key, inputs in function.latest.items():
+            if not function.eager and not function._agrees(function.replays[key], inputs):
+                raise StaleRecording(
+                    f"{function.name} gives other numbers than when it was recorded: something it "
+                    "reads has been replaced since, a Python number for example; make it an input, "
+                    "or use --eager"
                 )
 
 
@@ -189,19 +225,35 @@ def _same_random_numbers() -> Any:
     return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
+class _NoValues(TorchFunctionMode):
+    """Refuses what would take the values of tensors out of a recording unseen."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            raise RuntimeError(f"it uses the values of a tensor (.{function.__name__}())")
+        return function(*args, **(kwargs or {}))
+
+
 class _Tape(TorchDispatchMode):
     """Writes down what PyTorch does with tensors while it is active, as far as a replay needs it.
 
     Args:
         inputs: what the replay will be called with.
+        shorten: leave out what is known beforehand, does nothing or stands twice.
 
     Attributes:
         graph: the operations of the replay so far.
         constants: tensors that the graph reads by name: parameters, views of them, numbers.
+        overwrites: whether a tensor was overwritten of which the shortened list holds something;
+            then only the whole list is right.
     """
 
-    def __init__(self, inputs: Results):
+    def __init__(self, inputs: Results, shorten: bool = True):
         super().__init__()
+        self.shorten, self.overwrites = shorten, False
+        self.own: Counter[int] = Counter()  # storages made here -> tensors that share them
         self.inputs, self.graph, self.constants = inputs, fx.Graph(), {}
         self.nodes = {id(x): self.graph.placeholder(f"input{i}") for i, x in enumerate(inputs)}
         self.numbers: set[int] = set()  # ids of tensors that no call changes
@@ -223,12 +275,16 @@ class _Tape(TorchDispatchMode):
         masked = target is not aten.index.Tensor or any(x.dtype == torch.bool for x in read[1:])
         if torch.Tag.dynamic_output_shape in target.tags and masked:
             raise RuntimeError("the size of a result depends on the values of tensors")
+        if target._schema.is_mutable:
+            self._check_overwriting(args[0] if args else None)
         results = target(*args, **kwargs)
         self.alive.append(results)
+        if not target._schema.is_mutable:
+            storages = {_storage(x) for x in _flat(results) if isinstance(x, Tensor)}
+            self.own.update(x for x in storages if x in self.own or not _is_view(target))
         changes = target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
-        if changes:
-            self.numbers.difference_update(id(x) for x in read)
-        if target in OF_SHAPE or (not changes and all(id(x) in self.numbers for x in read)):
+        known = not changes and self.shorten and all(id(x) in self.numbers for x in read)
+        if known or (target in OF_SHAPE and self.shorten):
             self.numbers.update(id(x) for x in _flat(results))
         elif changes or any(id(x) in self.nodes for x in read) or not _is_view(target):
             node = self._write(target, args, kwargs, results, changes)
@@ -238,6 +294,16 @@ class _Tape(TorchDispatchMode):
                 for i, result in enumerate(results):
                     self.nodes[id(result)] = self._once(operator.getitem, (node, i))
         return results
+
+    def _check_overwriting(self, x: Any) -> None:
+        """Whether the list can tell that x is changed in place; raises RuntimeError if not."""
+        if not isinstance(x, Tensor) or _storage(x) not in self.own:
+            raise RuntimeError("it changes a tensor in place that it has not made itself")
+        node = self.nodes.get(id(x))
+        shared = self.own[_storage(x)] > 1 or list(self.nodes.values()).count(node) > 1
+        self.overwrites |= node is None or shared
+        # The operation that made x gives another tensor from now on.
+        self.done = {key: value for key, value in self.done.items() if value is not node}
 
     def node(self, value: Any) -> Any:
         """What stands for a tensor in the graph; anything else stands for itself."""
@@ -261,10 +327,11 @@ class _Tape(TorchDispatchMode):
         if small and all(node.target in IN_NUMPY and not node.kwargs for node in calls):
             return self._replay_in_numpy(calls)
         forward, constants = self._compile(), tuple(self.constants.values())
+        names, n = tuple(self.constants), len(self.inputs)  # not self: it would live on
 
         def in_python(*tensors: Tensor) -> Results:
-            named = dict(zip(self.constants, tensors[len(self.inputs) :], strict=True))
-            return forward(types.SimpleNamespace(**named), *tensors[: len(self.inputs)])
+            named = types.SimpleNamespace(**dict(zip(names, tensors[n:], strict=True)))
+            return forward(named, *tensors[:n])
 
         # TorchScript runs the same list without Python between the operations, a fifth to a third
         # faster. It is deprecated and does not know all arguments: Python is good enough then.
@@ -283,7 +350,7 @@ class _Tape(TorchDispatchMode):
         def replay(*inputs: Tensor) -> Results:
             with np.errstate(all="ignore"):  # nan and inf go on, as in torch
                 results = forward(named, *[x.numpy() for x in inputs])
-            return tuple([torch.from_numpy(np.array(result)) for result in results])
+            return tuple([torch.from_numpy(np.asarray(result)) for result in results])
 
         return replay
 
@@ -302,11 +369,13 @@ class _Tape(TorchDispatchMode):
             return self.graph.call_function(target, nodes, map_aggregate(kwargs, self.node))
         if target in UNCHANGED or (target in RESHAPED and result.shape == args[0].shape):
             return nodes[0]
-        if target is aten.pow.Tensor_Scalar and args[1] == 1:  # autograd's 2 x^1
+        if target is aten.pow.Tensor_Scalar and args[1] == 1 and self.shorten:  # autograd's 2 x^1
             return nodes[0]
         if target is aten.threshold_backward.default and args[2] == 0:
             # ReLU's derivative as gradient * sign(output), in a fraction of its own time.
             return self._once(torch.mul, (nodes[0], self._once(torch.sign, nodes[1:2])))
+        if target is aten.expand.default:
+            nodes = nodes[0], list(result.shape)  # without -1
         floats = target in ARITHMETIC and args[0].dtype == result.dtype == torch.float32
         if floats and isinstance(args[1], int | float):
             # Of a number PyTorch would make a tensor, and in float64, at every call.
@@ -316,9 +385,13 @@ class _Tape(TorchDispatchMode):
 
     def _once(self, target: Callable, args: tuple, kwargs: dict | None = None) -> fx.Node:
         key = repr((target, args, kwargs))  # nodes appear as their names, which are unique
-        if key not in self.done:
+        if key not in self.done or not self.shorten:
             self.done[key] = self.graph.call_function(target, args, kwargs)
         return self.done[key]
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _flat(value: Any) -> list[Any]:

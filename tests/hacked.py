@@ -108,7 +108,7 @@ def assert_close(found, expected, rtol: float = 1e-4, atol: float = 1e-5) -> Non
 
 def inputs_of(name: str) -> list[Tensor]:
     """The inputs of a recorded function's latest call, in a form that autograd takes."""
-    _, inputs = recorded[name].latest
+    *_, inputs = recorded[name].latest.values()
     return [x.clone() for x in inputs]
 
 
