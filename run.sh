@@ -119,9 +119,6 @@ reproduce)
     .venv/bin/python experiments/plot.py draw --results experiments/results
     .venv/bin/python memory.py --plot experiments/results/memory.png
     .venv/bin/python experiments/speed.py --cores 2 --rounds 3
-    .venv/bin/python experiments/speed.py --cores 1 --rounds 2 \
-        --cells {sac,ppo}-64-{Walker2d,Humanoid}-v3 --variants SB3 SBX float64 rounded floor \
-        --out experiments/results/speed_one_core.csv
     .venv/bin/python experiments/scaling.py --rounds 2
     ;;
 experiments/peers.py)
