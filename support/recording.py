@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.in_numpy import IN_NUMPY
 
 TOLERANCE = 1e-4  # of a replay against autograd, relative to a gradient's largest entry
-MOST_SHAPES = 16  # of the inputs of one function; each takes a recording
+MOST_SHAPES = 16  # of which the recordings of one function are kept
 Results = tuple[Tensor, ...]
 
 aten = torch.ops.aten
@@ -53,6 +53,10 @@ RESHAPED = {aten.expand.default, aten.view.default}  # the same, where the shape
 ARITHMETIC = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
     *(aten.mul.Scalar, aten.div.Scalar),
+}
+IN_PLACE = {  # what may overwrite its first input, if nothing else reads that
+    **{torch.relu: torch.relu_, torch.tanh: torch.tanh_, torch.exp: torch.exp_},
+    **{torch.add: Tensor.add_, torch.sub: Tensor.sub_, torch.mul: Tensor.mul_},
 }
 SMALL = 4096  # numbers in the inputs; with fewer, acting is faster in numpy
 
@@ -76,10 +80,7 @@ class Recorded:
         self.function, self.parameters, self.eager = function, parameters, eager
         self.name = getattr(function, "__name__", type(function).__name__)
         if parameters is not None:
-            parameters.grad = torch.zeros_like(parameters)
-            sizes = [view.numel() for view in parameters.views]
-            for view, grad in zip(parameters.views, parameters.grad.split(sizes), strict=True):
-                view.grad = grad.view_as(view)  # for torch's own optimisers
+            self._link_gradient()
         self.replays: dict[tuple, Callable[..., Results]] = {}  # shapes and dtypes -> replay
         self.latest: dict[tuple, Results] = {}  # the same -> latest inputs
         self.problem: str | None = None  # why it is not recorded, until that was said
@@ -100,6 +101,8 @@ class Recorded:
             results = replay(*inputs)
             self.latest[key] = inputs
         if self.parameters is not None:
+            if self.parameters.grad is None or self.parameters.views[0].grad is None:
+                self._link_gradient()  # a zero_grad() has cut it off
             count, gradient = len(self.parameters.views), self.parameters.grad
             results, parts = results[:-count], results[-count:]
             torch.cat(parts, out=gradient)
@@ -109,6 +112,15 @@ class Recorded:
                     f"{gradient.norm():g}; training stopped before it spread"
                 )
         return results[0] if len(results) == 1 else results
+
+    def _link_gradient(self) -> None:
+        """Give the vector a gradient and every view its part of it, for torch's own optimisers."""
+        vector = self.parameters
+        with torch.inference_mode(False):
+            vector.grad = torch.zeros_like(vector) if vector.grad is None else vector.grad
+        sizes = [view.numel() for view in vector.views]
+        for view, grad in zip(vector.views, vector.grad.split(sizes), strict=True):
+            view.grad = grad.view_as(view)
 
     def _by_autograd(self, *inputs: Tensor) -> Results:
         """The results and, with parameters, behind them the gradient of each as a vector."""
@@ -133,8 +145,6 @@ class Recorded:
     def _record(self, key: tuple, inputs: Results) -> Callable[..., Results] | None:
         """Trace the function for these inputs; None and a warning if it has to be autograd."""
         try:
-            if len(self.replays) == MOST_SHAPES:
-                raise RuntimeError(f"it is called with more than {MOST_SHAPES} shapes of inputs")
             with torch.inference_mode(False), _same_random_numbers():
                 copies = [x.clone() for x in inputs]
                 tape = _Tape(copies)
@@ -155,6 +165,10 @@ class Recorded:
         except Exception as error:  # whatever tracing makes of code that it cannot follow
             problem = (str(error).splitlines() or [type(error).__name__])[0]
         if problem is None:
+            if len(self.replays) == MOST_SHAPES:
+                oldest = next(iter(self.replays))
+                del self.replays[oldest]
+                self.latest.pop(oldest, None)
             self.replays[key] = replay
             return replay
         self.eager, self.problem = True, problem
@@ -326,6 +340,7 @@ class _Tape(TorchDispatchMode):
         small &= all(x.is_cpu and x.dtype == torch.float32 for x in tensors)
         if small and all(node.target in IN_NUMPY and not node.kwargs for node in calls):
             return self._replay_in_numpy(calls)
+        self._overwrite(calls)
         forward, constants = self._compile(), tuple(self.constants.values())
         names, n = tuple(self.constants), len(self.inputs)  # not self: it would live on
 
@@ -339,6 +354,14 @@ class _Tape(TorchDispatchMode):
         with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
             replay = torch.jit.trace(in_python, (*self.inputs, *constants), check_trace=False)
         return lambda *inputs: replay(*inputs, *constants)
+
+    def _overwrite(self, calls: list[fx.Node]) -> None:
+        """Put results where an input lies that is not read again: new memory costs a cache miss."""
+        for node in calls:
+            first = node.args[0] if node.target in IN_PLACE else None
+            if isinstance(first, fx.Node) and len(first.users) == 1 and "made" in first.meta:
+                if first.meta["made"] == node.meta.get("made"):
+                    node.target = IN_PLACE[node.target]
 
     def _replay_in_numpy(self, calls: list[fx.Node]) -> Callable[..., Results]:
         """For the few rows of acting, where torch's calls take three times as long as numpy's."""
@@ -373,7 +396,7 @@ class _Tape(TorchDispatchMode):
             return nodes[0]
         if target is aten.threshold_backward.default and args[2] == 0:
             # ReLU's derivative as gradient * sign(output), in a fraction of its own time.
-            return self._once(torch.mul, (nodes[0], self._once(torch.sign, nodes[1:2])))
+            target, nodes = aten.mul.Tensor, (nodes[0], self._once(torch.sign, nodes[1:2]))
         if target is aten.expand.default:
             nodes = nodes[0], list(result.shape)  # without -1
         floats = target in ARITHMETIC and args[0].dtype == result.dtype == torch.float32
@@ -381,7 +404,10 @@ class _Tape(TorchDispatchMode):
             # Of a number PyTorch would make a tensor, and in float64, at every call.
             number = self.done.get(repr(args[1])) or self.node(torch.tensor(float(args[1])))
             nodes = nodes[0], self.done.setdefault(repr(args[1]), number)
-        return self._once(_faster(target), nodes, map_aggregate(kwargs, self.node))
+        node = self._once(_faster(target), nodes, map_aggregate(kwargs, self.node))
+        if isinstance(result, Tensor) and not _is_view(target):
+            node.meta["made"] = result.shape, result.dtype
+        return node
 
     def _once(self, target: Callable, args: tuple, kwargs: dict | None = None) -> fx.Node:
         key = repr((target, args, kwargs))  # nodes appear as their names, which are unique

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from support.networks import Actor, ActorCritic, Adam, Critic, flatten
-from support.recording import Recorded, StaleRecording, _Tape, check_recordings
+from support.recording import MOST_SHAPES, Recorded, StaleRecording, _Tape, check_recordings
 
 pytestmark = pytest.mark.filterwarnings("error")  # no loss falls back unless a test says so
 
@@ -373,6 +373,42 @@ def test_numpy_gives_torchs_shapes_and_dtypes(in_numpy, name, dtype):
     assert Recorded(lambda x: x * scale)(x).dtype == (x * scale).dtype
 
 
+SHARED = torch.linspace(0.1, 1, 12).view(3, 4)
+READ_AGAIN = {  # each would be wrong if the second line wrote where the first one's result lies
+    "an input": lambda x: (x.relu(), x.exp(), x),
+    "a parameter's view": lambda x: ((SHARED[0] * x).exp(), SHARED[0].exp(), SHARED * x),
+    "a result": lambda x: (y := x * 2, y.relu()),
+    "by a later operation": lambda x: (y := x * 2, y.exp() + y)[1],
+    "through a view": lambda x: (y := x * 2, y[1], y.tanh() * y[1])[2],
+    "by way of a view": lambda x: (y := x * 2, y.view(4, 3).exp().view(3, 4) - y)[1],
+    "wider": lambda x: (x[:1] * 2) * x,
+    "twice at once": lambda x: (x * 2).exp() * (x * 2).exp(),
+    "of another dtype": lambda x: (x * 2).int() * 1.5 + (x > 0),
+    "the second": lambda x: (x - 1) - (x * 2).relu(),
+}
+
+
+@pytest.mark.parametrize("name", READ_AGAIN)
+def test_nothing_that_is_read_again_is_overwritten(name):
+    function = READ_AGAIN[name]
+    x, shared = torch.randn(3, 4, dtype=torch.float64), SHARED.clone()
+    recorded = Recorded(function)
+    for _ in range(4):  # TorchScript changes its mind in the first calls
+        before = x.clone()
+        results, expected = recorded(x), function(x)
+        assert_close(results, expected)
+        assert torch.equal(x, before) and torch.equal(SHARED, shared)
+    assert not recorded.eager
+
+
+def test_an_intermediate_result_is_overwritten_where_it_is_not_read_again(monkeypatch):
+    codes, compiled = [], _Tape._compile
+    monkeypatch.setattr(_Tape, "_compile", lambda t: codes.append(str(t.graph)) or compiled(t))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    Recorded(lambda x: (x @ x.mT).relu() + 1)(x)
+    assert "relu_" in codes[0] and "add_" in codes[0]
+
+
 # --- What changes between calls ------------------------------------------------------------------
 
 
@@ -402,6 +438,38 @@ def test_parameters_are_followed_through_adam_and_load_state_dict():
     losses.append(recorded(x).item())
     assert losses[1] < losses[0] and len({*losses}) == 3
     assert losses[2] == pytest.approx(other(x).square().mean().item())
+
+
+@pytest.mark.parametrize("what", ["modules", "vector", "both"])
+def test_gradients_reach_torchs_optimiser_after_a_zero_grad(what):
+    torch.manual_seed(0)
+    network = nn.Linear(3, 1)
+    vector = flatten(network)
+    recorded = Recorded(lambda x: network(x).square().mean(), vector)
+    optimizer, x = torch.optim.SGD(network.parameters(), 0.1), torch.randn(5, 3)
+    losses = []
+    for _ in range(4):
+        if what != "vector":
+            optimizer.zero_grad()
+        if what != "modules":
+            vector.grad = None
+        with torch.inference_mode():
+            losses.append(recorded(x).item())
+        torch.testing.assert_close(vector.grad[:3].view(1, 3), network.weight.grad)
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True) and losses[0] > 2 * losses[-1]
+
+
+def test_the_recordings_of_the_latest_shapes_are_kept():
+    vector, (w,) = weights((4,))
+    recorded = Recorded(lambda x: (x * w).square().sum(), vector)
+    for count, rows in enumerate([*range(1, 40), 1, 39], 1):
+        x = torch.randn(rows, 4)
+        recorded(x)
+        torch.testing.assert_close(vector.grad, 2 * w.detach() * x.square().sum(0))
+        assert len(recorded.replays) == len(recorded.latest) == min(count, MOST_SHAPES)
+        check_recordings(recorded)
+    assert not recorded.eager
 
 
 def test_a_python_number_that_changes_stops_the_run_at_the_next_check():
