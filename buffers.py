@@ -8,6 +8,7 @@ copy of each observation. Built on `torch.device("meta")` a buffer takes no memo
 import math
 import resource
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -148,6 +149,12 @@ class RolloutBuffer:
         """Bytes of the arrays."""
         return array_bytes(self)
 
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        """What `add` fills beside obs, as numpy sees it: assigning a row takes a third."""
+        tensors = self.actions, self.values, self.rewards, self.ends
+        return tuple(tensor.numpy() for tensor in tensors)
+
     def batch_bytes(self, batch_size: int) -> int:
         """Bytes of one decoded minibatch."""
         rows = min(batch_size, self.ends.numel())
@@ -175,10 +182,8 @@ class RolloutBuffer:
         self.clamped.count(obs)
         t = self.step
         self.obs[t] = self.codec.pack(self.codec.encode(obs))
-        self.actions.numpy()[t] = action
-        self.values.numpy()[t] = value
-        self.rewards.numpy()[t] = reward
-        self.ends.numpy()[t] = end
+        actions, values, rewards, ends = self._arrays
+        actions[t], values[t], rewards[t], ends[t] = action, value, reward, end
         self.step = (t + 1) % len(self.obs)
 
     def minibatches(self, batch_size: int) -> Iterator[RolloutBatch]:

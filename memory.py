@@ -34,6 +34,7 @@ from buffers import ReplayBuffer, RolloutBuffer
 from quantize import Codec, FixedPoint, Float, Packed, make_codec
 from support import networks
 from support.arguments import check_ranges, flag
+from support.errors import command
 from support.machine import free_memory, mb, parse_bytes
 
 Ledger = dict[str, int]  # row name -> bytes
@@ -99,7 +100,9 @@ def allocated(
     try:
         if algo == "ppo":
             buffer = RolloutBuffer(codec, n_steps, *sizes, seed=0)
+            acting = {"rollout noise": 2 * buffer.actions.nbytes}  # and log_std, for each action
         else:
+            acting = {}
             drop_constant = live_columns is not None
             buffer = ReplayBuffer(codec, buffer_size, *sizes, seed=0, drop_constant=drop_constant)
         learned = learning(algo, obs_dim, act_dim, hidden)
@@ -112,7 +115,7 @@ def allocated(
     rest = buffer.nbytes - obs
     if live_columns is not None:
         obs = buffer.obs.bytes_when(live_columns, late_columns)
-    ledger = {"buffer observations": obs, "buffer rest": rest, **learned}
+    ledger = {"buffer observations": obs, "buffer rest": rest, **acting, **learned}
     return ledger | {"decoded batch": buffer.batch_bytes(batch_size)}
 
 
@@ -233,13 +236,15 @@ def footprint(ledger: Ledger, baseline: Ledger) -> str:
     """One line for before training: an *allocated* ledger next to that of the float64 baseline."""
     whole, other = total(ledger), total(baseline)
     obs, batch = ledger["buffer observations"], ledger["decoded batch"]
+    noise = ledger.get("rollout noise", 0)
     buffer = obs + ledger["buffer rest"]
     compared = f"float64 baseline {mb(other)} MB, {other / whole:.1f}x as much"
     if ledger == baseline:
         compared = "this is the float64 baseline"
     return (
         f"memory: buffer {mb(buffer)} MB (observations {mb(obs)} MB) + networks, gradients, Adam "
-        f"{mb(whole - buffer - batch)} MB + batch {mb(batch)} MB = {mb(whole)} MB; {compared}"
+        f"{mb(whole - buffer - noise - batch)} MB + {'batch and noise' if noise else 'batch'} "
+        f"{mb(noise + batch)} MB = {mb(whole)} MB; {compared}"
     )
 
 
@@ -436,4 +441,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with command("memory.py"):
+        main(tyro.cli(Args))

@@ -35,7 +35,7 @@ from torch import Tensor
 import memory
 from buffers import RolloutBuffer
 from quantize import make_codec
-from support import arguments, runs
+from support import arguments, errors, runs
 from support.envs import make_vector
 from support.networks import ActorCritic, Adam, flatten, set_threads
 from support.recording import Recorded, check_recordings
@@ -130,10 +130,9 @@ def prepare(args: Args) -> tuple:
     return device, codec, envs, sizes, folder
 
 
-def gaussian_log_prob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """log pi(a|s) of a diagonal Gaussian: action, mean (B, k), log_std (k,) -> (B,)."""
-    standardised = (action - mean) / log_std.exp()
-    return -(0.5 * (standardised**2 + math.log(2 * math.pi)) + log_std).sum(-1)
+def gaussian_log_prob(noise: Tensor, log_std: Tensor) -> Tensor:
+    """log pi(a|s) of a = mean + std * noise: noise (B, k), log_std (k,) -> (B,)."""
+    return -0.5 * (noise**2).sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:
@@ -189,7 +188,7 @@ def clipped_policy_loss(ratio: Tensor, advantage: Tensor, clip_coef: float) -> T
 
 def main(args: Args) -> dict:
     """Train, evaluate, write logs, weights and result.json; return `parts` and the result."""
-    with runs.refusing("ppo.py"):
+    with errors.refusing("ppo.py"):
         device, codec, envs, sizes, folder = prepare(args)
     obs_dim, act_dim = sizes["obs_dim"], sizes["act_dim"]
     torch.manual_seed(args.seed)
@@ -209,7 +208,8 @@ def main(args: Args) -> dict:
 
     def loss(obs, action, old_log_prob, advantage, ret):  # (B, n), (B, k), and (B,) each
         mean, log_std, value = actor_critic(obs)
-        log_ratio = gaussian_log_prob(action, mean, log_std) - old_log_prob
+        noise = (action - mean) / log_std.exp()
+        log_ratio = gaussian_log_prob(noise, log_std) - old_log_prob
         ratio = log_ratio.exp()
         policy_loss = clipped_policy_loss(ratio, normalize(advantage), args.clip_coef)
         v_loss = F.mse_loss(value, ret)  # (V - V_targ)^2
@@ -261,19 +261,16 @@ def main(args: Args) -> dict:
                 next_obs, reward, terminated, truncated, _ = envs.step(clipped)
                 done = terminated | truncated
                 run.advance(reward, done)
-                bootstrap = truncated & ~terminated
-                if bootstrap.any():  # no end of the task: the true final observation has a value
-                    reward = reward + np.where(
-                        bootstrap, args.gamma * value_of(next_obs).numpy(), 0
-                    )
+                if ended := done.any():
+                    # Truncation is no end of the task: the true final observation has a value.
+                    discounted = args.gamma * value_of(next_obs).numpy()
+                    reward = reward + np.where(truncated & ~terminated, discounted, 0)
                 buffer.add(obs, action, value.cpu().numpy(), reward, done)
                 obs = next_obs
-                if done.any():
+                if ended:
                     obs, _ = envs.reset(options={"reset_mask": done})
             run.warn_of_clamping(buffer.clamped)
-            # The density of mean + std * noise depends on noise and std alone: all steps at once.
-            log_std = torch.stack(log_stds)
-            buffer.log_probs[:] = gaussian_log_prob(noise * log_std.exp(), 0 * noise, log_std)
+            buffer.log_probs[:] = gaussian_log_prob(noise, torch.stack(log_stds))
 
             # --- Learn: n_epochs passes over the rollout in minibatches --------------------------
             rollout = buffer.rewards, buffer.values, buffer.ends, value_of(obs)
@@ -315,5 +312,5 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    with runs.command("ppo.py"):
+    with errors.command("ppo.py"):
         main(tyro.cli(Args))

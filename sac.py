@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import memory
 from buffers import ReplayBuffer
 from quantize import make_codec
-from support import arguments, runs
+from support import arguments, errors, runs
 from support.envs import make_vector
 from support.networks import Actor, Adam, Critic, flatten, set_threads
 from support.recording import Recorded, check_recordings
@@ -194,7 +194,7 @@ def alpha_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Te
 
 def main(args: Args) -> dict:
     """Train, evaluate, write logs, weights and result.json; return `parts` and the result."""
-    with runs.refusing("sac.py"):
+    with errors.refusing("sac.py"):
         device, codec, envs, sizes, folder = prepare(args)
     obs_dim, act_dim = sizes["obs_dim"], sizes["act_dim"]
     torch.manual_seed(args.seed)
@@ -292,7 +292,7 @@ def main(args: Args) -> dict:
             run.warn_of_clamping(buffer.clamped)
             if args.drop_constant and buffer.nbytes != buffer_bytes:
                 buffer_bytes = buffer.nbytes
-                run.bar.write(memory.columns_found(buffer_bytes, buffer.obs.live, device))
+                run.say(memory.columns_found(buffer_bytes, buffer.obs.live, device))
             if done.any():
                 obs, _ = envs.reset(options={"reset_mask": done})
                 buffer.start(obs, done)
@@ -339,5 +339,5 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    with runs.command("sac.py"):
+    with errors.command("sac.py"):
         main(tyro.cli(Args))

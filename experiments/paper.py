@@ -41,6 +41,7 @@ WHY = {
     "ppo": {
         "buffer observations": OBSERVATIONS,
         "buffer rest": "5 float32 scalars and a 1-byte flag per transition against the paper's 7",
+        "rollout noise": "the paper counts none; noise and log_std of every action, in float32",
         "networks": "the same",
         **TRAINING,
     },

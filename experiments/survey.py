@@ -20,7 +20,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quantize import FixedPoint, bits, quantize, stored_bits
-from support.envs import EnvironmentFault, VectorEnv, make_vector
+from support.envs import VectorEnv, make_vector
+from support.errors import EnvironmentFault
 
 DECIMALS = range(4)
 # 10% of the deviation is 1% of the variance. With 80% of the columns this gives 1 or 2 on the

@@ -34,8 +34,10 @@ def flag(field: str) -> str:
 
 
 def check_ranges(args: Any) -> None:
-    """Raise ValueError, one line, for the first field of args that is outside its range."""
+    """Raise ValueError, one line, for the first field outside its range or with unreadable text."""
     for name, value in asdict(args).items():
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{flag(name)} {value!a} has characters that cannot be printed")
         low, high = RANGES.get(name, (None, None))
         if None not in (low, value) and not low <= value <= high:
             raise ValueError(

@@ -14,6 +14,7 @@ import copy
 import hashlib
 import mmap
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -72,7 +73,7 @@ def plain(value: Any, name: str) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part, f"{name}[{i}]") for i, part in enumerate(value)]
     if isinstance(value, torch.Tensor):
-        return value.detach()
+        return value.detach().clone() if _overlaps(value) else value.detach()
     if isinstance(value, np.generic):
         return value.item()
     if type(value) not in (int, float, str, bool, type(None)):
@@ -134,6 +135,32 @@ def load(path: Path) -> dict:
     if damaged:
         raise ValueError("it is damaged: its SHA-256 is not that of its content")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whatever torch makes of a file that is none of ours
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("packed, so it may be far larger than the file")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        _check_size(content, set())
+        return content
+    except Exception:  # whatever is made of a file that is none of ours
         raise ValueError(NOT_OURS) from None
+
+
+def _check_size(value: Any, seen: set[int]) -> None:
+    """Raise ValueError if a value is larger than the bytes it is stored in; `save` writes none.
+
+    Args:
+        seen: ids of what was met; one that is met again stands for copies.
+    """
+    if isinstance(value, torch.Tensor) and _overlaps(value):
+        raise ValueError("a tensor overlaps itself")
+    if isinstance(value, dict | list | tuple):
+        if id(value) in seen:
+            raise ValueError("a value stands twice")
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_size(part, seen)
+
+
+def _overlaps(x: torch.Tensor) -> bool:
+    """Whether a tensor has more numbers than its storage, as `expand` makes it."""
+    return x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes()

@@ -29,6 +29,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
 
 from support.columns import columns_of
+from support.errors import EnvironmentFault
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)  # networks and buffers hold float32
 
@@ -101,10 +102,6 @@ def _unsuitable(obs_space: gym.Space, action_space: gym.Space) -> str | None:
     if not (action_space.low < action_space.high).all():
         return f"has actions {action_space}; low must be below high"
     return None
-
-
-class EnvironmentFault(Exception):
-    """An environment raised, or returned what cannot be learned from: one line with its name."""
 
 
 @dataclass

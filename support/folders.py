@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from support import arguments, checkpoints
-from support.envs import EnvironmentFault
+from support.errors import EnvironmentFault
 
-FORMAT = 2  # of checkpoints; raise it when the meaning of what is saved changes
+LOCKS: set[int] = set()  # file descriptors of the folders that this process trains in
+FORMAT = 3  # of checkpoints; raise it when the meaning of what is saved changes
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
 
 
@@ -50,7 +51,7 @@ class Folder:
         try:
             yield
         except Exception as error:
-            os.close(self.lock)
+            unlock(self.lock)
             if isinstance(error, EnvironmentFault):
                 raise
             why = str(error) if isinstance(error, ValueError) else checkpoints.NOT_OURS
@@ -91,7 +92,7 @@ def find_folder(script: str, args: Any, device: torch.device) -> Folder:
     if None not in problems:
         raise ValueError(f"--resume: {problems[0]}")
     path = paths[problems.index(None)]  # the one saved last, even if it is being trained
-    folder = Folder(path, _lock(path))
+    folder = Folder(path, _lock(path, "--resume: "))
     with folder.reading():
         folder.saved = checkpoints.load(folder.checkpoint)
         for key, now in written_with(script, device).items():
@@ -115,7 +116,11 @@ def _create(args: Any, name: str) -> Folder:
         try:
             path.mkdir(parents=True)
             break
-        except FileExistsError:
+        except FileExistsError as error:
+            if not os.path.lexists(path):
+                raise ValueError(
+                    f"cannot create {path}: {error.filename} is a link to nothing"
+                ) from None
             if args.run_name and path.is_dir() and not any(path.iterdir()):
                 break  # of a run that was stopped before it began
             if args.run_name:
@@ -138,21 +143,43 @@ def _why_not_resumable(path: Path, total_timesteps: int) -> str | None:
         )
     try:
         done = int(json.loads((path / "result.json").read_text())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):  # no result: it was not finished
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # no result: it was not finished
         return None
     if done < total_timesteps:
         return None
     return f"{path} is finished; --total-timesteps beyond {done} trains it further"
 
 
-def _lock(path: Path) -> int:
-    """Lock a folder until the descriptor that is returned is closed, or this process ends."""
+def _lock(path: Path, asked: str = "") -> int:
+    """Lock a folder until `unlock`, or this process ends. asked: begins the message."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(f"--resume: another process is training {path}") from None
+        raise ValueError(f"{asked}another process is training {path}") from None
     except OSError:
         pass  # this file system has no locks
+    LOCKS.add(descriptor)
     return descriptor
+
+
+def unlock(lock: int) -> None:
+    """Let other processes train in a folder again."""
+    LOCKS.discard(lock)
+    os.close(lock)
+
+
+def _close_locks() -> None:
+    """In a process that an environment forks, which would keep them beyond its parent's end."""
+    while LOCKS:
+        os.close(LOCKS.pop())
+
+
+os.register_at_fork(after_in_child=_close_locks)

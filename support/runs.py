@@ -15,6 +15,7 @@ before `Run` returns. To have something of your own saved, add it there.
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -25,15 +26,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from support import arguments, checkpoints
-from support.envs import EnvironmentFault, evaluate
-from support.folders import VERSIONS, Folder, written_with
+from support.envs import evaluate
+from support.errors import EnvironmentFault, machine_fault, refusing
+from support.folders import VERSIONS, Folder, unlock, written_with
 from support.folders import find_folder as find_folder
 from support.log import Log
 from support.machine import peak_resident, resident
@@ -41,41 +43,6 @@ from support.progress import Progress
 from support.recording import StaleRecording
 
 ROOT = Path(__file__).parent.parent
-
-
-# --- Errors as one line ---------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def refusing(script: str) -> Iterator[None]:
-    """Turn bad input (ValueError, EnvironmentFault) into one line on stderr and exit code 2."""
-    try:
-        yield
-    except (ValueError, EnvironmentFault) as error:
-        print(f"{script}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-@contextlib.contextmanager
-def command(script: str) -> Iterator[None]:
-    """Wrap a whole script: Ctrl-C, a full disk or lack of memory ends it without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:
-        why = _machine_fault(error)
-        if why is None:
-            raise
-        raise SystemExit(f"{script}: error: {why}") from None
-
-
-def _machine_fault(error: BaseException | None) -> str | None:
-    """One line for an error that means lack of memory or a failing disk; None for any other."""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if out_of_memory or "can't allocate memory" in str(error):  # torch's RuntimeError on a CPU
-        return f"out of memory: {error}; `python memory.py --budget` tells what fits"
-    return str(error) if isinstance(error, OSError) else None
 
 
 # --- What a result depends on ---------------------------------------------------------------------
@@ -103,7 +70,8 @@ def _git(*words: str) -> str | None:
     """What a git command says of this repository, None outside of one."""
     command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", *words]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        options = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        return subprocess.run(command, check=True, **options).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -118,6 +86,15 @@ def provenance() -> dict:
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
     }
+
+
+def code() -> str:
+    """The commit of this code and a hash of what differs from it, as a few words."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    if commit is None:
+        return "no known commit"
+    changed = hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else None
+    return f"commit {commit[:10]}" + (f" with changes {changed}" if changed else "")
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -161,11 +138,13 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stops_at_once = False  # whether a signal need not wait for `goes_on`
         self.warned_of_saving = self.warned_of_clamping = False
+        self.code_before: str | None = None  # the commit that the checkpoint was written by
         if folder.saved:
             with refusing(script), folder.reading():
                 self._restore(folder.saved)
+                self.code_before = folder.saved["code"]
             folder.saved = None  # its tensors are the file, which would keep its space on the disk
-        provenance()  # asks git now
+        self.code = code()  # as it is now; files may change while a run trains
 
     def _restore(self, saved: dict) -> None:
         """Set all parts to what was saved. Raises ValueError naming a part that does not fit."""
@@ -198,7 +177,9 @@ class Run:
         fresh = np.flatnonzero(self.parts["envs"].fresh).tolist()
         if self.saved_step is None:
             self.tensorboard.add_table("hyperparameters", asdict(self.args))
-        elif fresh:
+        elif self.code_before != self.code:
+            self.warn(f"saved by code of {self.code_before}, goes on with that of {self.code}")
+        if self.saved_step is not None and fresh:
             self.warn(f"env {fresh} did not replay to where it was; a new episode begins there")
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -254,10 +235,14 @@ class Run:
             self.warned_of_clamping = True
             self.warn(f"so far {clamped.report()}")
 
+    def say(self, message: str, file: TextIO | None = None) -> None:
+        """Print a line that leaves the progress bar whole. A run goes on if nobody reads it."""
+        with contextlib.suppress(OSError):  # a closed pipe, or a file on a disk that is full
+            self.bar.write(message, file=sys.stdout if file is None else file)
+
     def warn(self, message: str) -> None:
-        """Print a line on stderr that leaves the progress bar whole."""
-        with contextlib.suppress(OSError):  # stderr may be a file on a disk that is full
-            self.bar.write(f"warning: {message}", file=sys.stderr)
+        """Print a line on stderr, likewise."""
+        self.say(f"warning: {message}", sys.stderr)
 
     def finish(
         self, buffer: Any, best_action: Callable[[np.ndarray], np.ndarray], **more: Any
@@ -277,7 +262,7 @@ class Run:
         self.bar.close()
         self.parts["envs"].close()
         trained, clamped, seconds = self.progress.last_tenth(), buffer.clamped, self.seconds
-        print(f"trained; {self.args.eval_episodes} evaluation episodes follow")
+        self.say(f"trained; {self.args.eval_episodes} evaluation episodes follow")
         result = {
             "algo": self.script.removesuffix(".py"),
             "global_step": self.progress.global_step,
@@ -298,11 +283,11 @@ class Run:
             **provenance(),
         }
         shown = "no episode ended in it" if trained is None else f"{trained:.1f}"
-        print(f"mean return over the last tenth of training: {shown}")
+        self.say(f"mean return over the last tenth of training: {shown}")
         if evaluation := result["evaluation"]:
             mean = np.mean(evaluation)
-            print(f"mean return of {len(evaluation)} deterministic episodes: {mean:.1f}")
-        print(
+            self.say(f"mean return of {len(evaluation)} deterministic episodes: {mean:.1f}")
+        self.say(
             f"{result['ms_per_step']:.2f} ms/step, buffer {buffer.nbytes / 1e6:,.1f} MB "
             f"when full, whole process {result['peak_rss_bytes'] / 1e6:,.0f} MB at its peak, "
             f"max |obs| {clamped.max_abs:.4g}\n"
@@ -314,7 +299,7 @@ class Run:
         path = self.folder.path / "result.json"
         with checkpoints.replacing(path) as file:
             file.write(json.dumps(result, indent=2).encode() + b"\n")
-        print(f"wrote {path}")
+        self.say(f"wrote {path}")
         return result
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
@@ -323,7 +308,7 @@ class Run:
         if isinstance(error, EnvironmentFault | KeyboardInterrupt) or (error and trained):
             self._save()
         self.tensorboard.close()
-        os.close(self.folder.lock)
+        unlock(self.folder.lock)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if self.signal and isinstance(error, KeyboardInterrupt):
@@ -339,7 +324,7 @@ class Run:
             return f"{error}, after step {self.step}"
         if isinstance(error, FloatingPointError | StaleRecording):
             return f"at step {self.progress.global_step} {error}"
-        return _machine_fault(error)
+        return machine_fault(error)
 
     def _how_to_resume(self) -> str:
         if self.saved_step is None:
@@ -378,7 +363,7 @@ class Run:
         step, self.next_save = self.step, self._next_save()
         if step == self.saved_step:
             return
-        run = {"args": asdict(self.args), "seconds": self.seconds}
+        run = {"args": asdict(self.args), "seconds": self.seconds, "code": self.code}
         content = written_with(self.script, self.device) | run | (self.copied or self._state())
         self.tensorboard.flush()  # it must not lag behind the checkpoint
         try:

@@ -26,7 +26,7 @@ from odd import Odd
 
 import memory
 import sac
-from support import runs
+from support import errors, runs
 
 ROOT = Path(sac.__file__).parent
 COMMON = "--env Pendulum-v1 --hidden 8 --total-timesteps 64 --eval-episodes 1"
@@ -40,7 +40,7 @@ NAN, INF = float("nan"), float("inf")
 
 def run(name: str, line: str) -> dict:
     """What `python NAME.py LINE` does, in this process."""
-    with runs.command(f"{name}.py"):
+    with errors.command(f"{name}.py"):
         return SCRIPTS[name].main(tyro.cli(SCRIPTS[name].Args, args=shlex.split(line)))
 
 
@@ -113,6 +113,10 @@ REFUSED = [  # scripts, command line, what the one line says
     (PPO, "--resume --run-name other", "it was written with script sac.py, this is script ppo.py"),
     (BOTH, "--resume --run-name stopped --hidden 9", "--hidden was 8 there and is 9 here"),
     (BOTH, "--resume --run-name stopped --eager", "--eager was False there and is True here"),
+    # Text.
+    (BOTH, "--run-name caf\udce9", r"--run-name 'caf\udce9' has characters that cannot be printed"),
+    (BOTH, "--run-dir 'two\nlines'", r"--run-dir 'two\nlines' has characters that cannot"),
+    (BOTH, "--env 'Pendulum-v1\x1b[31m'", "--env 'Pendulum-v1\\x1b[31m' has characters"),
 ]
 
 UNPARSED = [  # the same, but what tyro finds, which takes a box of several lines to say it
@@ -242,6 +246,51 @@ def test_from_the_shell_errors_are_one_line_and_an_exit_code(
     assert said in done.stderr and "Traceback" not in done.stderr
     assert not one_line or done.stderr.count("\n") == 1, done.stderr
     assert code == 1 or (not done.stdout and not list((tmp_path / "cwd").iterdir()))
+
+
+def shell(command: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """A command line of bash in a folder, in which $RUN begins a short training."""
+    run = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}"
+    variables = {**os.environ, "RUN": run, **variables}
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command.replace('$RUN', run)}"],
+        cwd=folder, env=variables, capture_output=True, check=False,
+    )  # fmt: skip
+
+
+def test_output_that_nobody_reads_does_not_end_a_run(tmp_path):
+    (tmp_path / "late.py").write_text(  # after step 200 --drop-constant tells of a third column
+        "import gymnasium, odd\n"
+        "class Late(odd.Odd):\n"
+        "    def reset(self, **_): return super().reset()[0] * [1, 1, 0], {}\n"
+        "    def step(self, _):\n"
+        "        obs, *rest = super().step(0)\n"
+        "        return obs * [1, 1, self.steps > 200], *rest\n"
+        "entry = lambda: Late(length=20)\n"
+        "gymnasium.register('Late-v0', entry, disable_env_checker=True)\n"
+    )
+    path = os.pathsep.join(map(str, (tmp_path, ROOT / "tests")))
+    line = (
+        f"{BASE['sac']} --env late:Late-v0 --drop-constant --total-timesteps 300 --run-name piped"
+    )
+    done = shell(f"$RUN/sac.py {line} | head -1", tmp_path, PYTHONUNBUFFERED="1", PYTHONPATH=path)
+    assert done.stdout.startswith(b"runs/piped on cpu") and done.stderr == b""
+    assert (tmp_path / "runs/piped/result.json").exists() and done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("command", ["memory.py", f"sac.py {BASE['sac']} --run-name full"])
+def test_a_full_output_is_one_line_and_exit_code_1(command, tmp_path):
+    done = shell(f"$RUN/{command} > /dev/full", tmp_path)
+    said = f"{command.split()[0]}: error: [Errno 28] No space left on device\n"
+    assert (done.returncode, done.stderr.decode()) == (1, said)
+    assert command == "memory.py" or (tmp_path / "runs/full/result.json").exists()
+
+
+def test_accents_are_printed_on_a_terminal_that_knows_none(tmp_path):
+    line = f"{BASE['ppo']} --run-name café"
+    done = shell(f"$RUN/ppo.py {line}", tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert done.returncode == 0 and rb"runs/caf\xe9 on cpu" in done.stdout and not done.stderr
+    assert (tmp_path / "runs/café/result.json").exists()
 
 
 # --- Environments that are refused ----------------------------------------------------------------

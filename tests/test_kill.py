@@ -29,7 +29,7 @@ import tyro
 from helpers import SCRIPTS, left_behind, saved_step
 
 import sac
-from support import arguments, checkpoints, envs, runs
+from support import arguments, checkpoints, envs, errors, runs
 
 ROOT = Path(sac.__file__).parent
 FORKS = multiprocessing.get_context("fork")
@@ -149,7 +149,7 @@ def train(name: str, args) -> None:
             TOLD[HELD] = step
 
     before_saving(tell)
-    with runs.command(f"{name}.py"):
+    with errors.command(f"{name}.py"):
         SCRIPTS[name].main(args)
 
 

@@ -119,6 +119,7 @@ def test_allocated_ppo_by_hand():
     assert allocated("ppo", FixedPoint(0), **sizes) == {
         "buffer observations": 12 * 3,
         "buffer rest": 12 * (2 * 4 + 5 * 4 + 1),
+        "rollout noise": 2 * 12 * 2 * 4,
         "networks": 4 * parameters,
         "gradients": 4 * parameters,
         "Adam moments": 2 * 4 * parameters,

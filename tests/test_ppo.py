@@ -111,9 +111,8 @@ def test_gaussian_equals_torch_distributions():
     torch.manual_seed(0)
     action, mean, log_std = torch.randn(100, 4), torch.randn(100, 4), torch.randn(4)
     normal = Independent(Normal(mean, log_std.exp()), 1)
-    torch.testing.assert_close(
-        ppo.gaussian_log_prob(action, mean, log_std), normal.log_prob(action)
-    )
+    noise = (action - mean) / log_std.exp()
+    torch.testing.assert_close(ppo.gaussian_log_prob(noise, log_std), normal.log_prob(action))
     torch.testing.assert_close(ppo.gaussian_entropy(log_std), normal.entropy()[0])
     one_each = torch.randn(100, 4)  # as of a policy whose std depends on the observation
     expected = Independent(Normal(0.0, one_each.exp()), 1).entropy().mean()
@@ -480,7 +479,8 @@ def test_allocated_ledger_equals_the_tensors_of_a_run(tmp_path, changes):
     held = buffer.nbytes + sum(tensor.nbytes for tensor in tensors)
     assert ledger["buffer observations"] == buffer.obs.nbytes
     assert ledger["decoded batch"] == sum(t.nbytes for t in next(buffer.minibatches(32)))
-    assert memory.total(ledger) == held + ledger["decoded batch"]
+    acting = 256 * args.num_envs * (1 + 1) * 4  # noise and log_std
+    assert memory.total(ledger) == held + acting + ledger["decoded batch"]
 
 
 class Wide(gym.ObservationWrapper):

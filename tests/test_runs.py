@@ -6,10 +6,12 @@ The script that is run here is toy.py; sac.py and ppo.py follow in test_resume.p
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
 import subprocess
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def plant(folder: Path, file: bytes) -> Path:
 def find(args) -> folders.Folder:
     """`find_folder`, with the lock released again."""
     folder = folders.find_folder("toy.py", args, toy.CPU)
-    os.close(folder.lock)
+    folders.unlock(folder.lock)
     return folder
 
 
@@ -67,7 +69,7 @@ def refusal(args) -> str:
 
 
 def assert_unlocked(folder: Path) -> None:
-    os.close(folders._lock(folder))
+    folders.unlock(folders._lock(folder))
 
 
 def refused(capfd, folder: Path, **changes) -> str:
@@ -154,7 +156,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(saved, tmp_pat
     )
     for key, then in {"script": "sac.py", "device": "cuda", "format": 1, "torch": "2.0"}.items():
         plant(tmp_path / "run", forge(saved, lambda c: c.update({key: then})))  # noqa: B023
-        now = {"script": "toy.py", "device": "cpu", "format": 2, "torch": torch.__version__}[key]
+        now = {"script": "toy.py", "device": "cpu", "format": 3, "torch": torch.__version__}[key]
         assert refused(capfd, tmp_path) == f"it was written with {key} {then}, this is {key} {now}"
 
 
@@ -251,8 +253,40 @@ def test_new_runs_get_the_next_free_number_and_are_locked(some):
         assert folder.saved is None and str(folder) == str(folder.path)
         with pytest.raises(ValueError, match=f"another process is training {folder.path}"):
             folders._lock(folder.path)
-        os.close(folder.lock)
+        folders.unlock(folder.lock)
         assert_unlocked(folder.path)
+
+
+def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(some):
+    folder = folders.find_folder("toy.py", some.args(resume=False), toy.CPU)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    child.start()
+    try:
+        time.sleep(1)  # it lets go as soon as it runs
+        folders.unlock(folder.lock)  # as at the end of the parent
+        assert_unlocked(folder.path)
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_the_loser_of_two_runs_with_one_name_is_told_so(some, monkeypatch):
+    (some.folder / "mine").mkdir()  # by the winner, a moment ago
+    lock = folders._lock(some.folder / "mine")
+    told = some.refused(run_name="mine", resume=False)
+    assert told == f"another process is training {some.folder / 'mine'}"
+    folders.unlock(lock)
+
+
+def test_a_link_to_nothing_is_named(some):
+    for link in ("runs", "a/b"):
+        (some.folder / link).parent.mkdir(exist_ok=True)
+        (some.folder / link).symlink_to("nowhere")
+        for run_name in (None, "mine"):
+            changes = {"run_dir": str(some.folder / link), "run_name": run_name}
+            told = some.refused(resume=False, **changes)
+            assert told.startswith("cannot create ") and told.endswith("is a link to nothing")
+            assert str(some.folder / link) in told
 
 
 def test_the_unfinished_run_that_was_saved_last_is_taken(some):
@@ -276,7 +310,10 @@ def test_finished_runs_are_skipped_until_more_steps_are_asked_for(some):
     assert message in some.refused()
 
 
-@pytest.mark.parametrize("result", ["", "{", "[]", "{}", "3", '{"global_step": null}', "\x00"])
+NO_RESULTS = ["", "{", "[]", "{}", "3", '{"global_step": null}', "\x00", "[" * 200_000]
+
+
+@pytest.mark.parametrize("result", NO_RESULTS, ids=lambda text: text[:9])
 def test_a_result_that_is_none_does_not_make_a_run_finished(some, result):
     some.add("", result)
     assert some.taken() == ""
@@ -332,7 +369,7 @@ def test_a_run_in_training_is_left_alone(some):
     lock = folders._lock(some.folder / f"{some.base}-2")
     assert "another process is training" in some.refused()  # rather than an older one taken
     assert "another process is training" in some.refused(run_name=f"{some.base}-2")
-    os.close(lock)
+    folders.unlock(lock)
     assert some.taken() == "-2"
 
 
@@ -518,20 +555,37 @@ def test_commit_and_changes_are_those_of_this_repository(tmp_path, monkeypatch):
         return found["git_commit"], found["git_clean"]
 
     try:
-        assert told() == (None, None)
+        assert told() == (None, None) and runs.code() == "no known commit"
         git("init")
         (tmp_path / "sac.py").write_text("a")
         git("add", "sac.py")
         git("commit", "-m", "first")
         commit, clean = told()
         assert re.fullmatch("[0-9a-f]{40}", commit) and clean is True
+        assert runs.code() == f"commit {commit[:10]}"
         (tmp_path / "runs").mkdir()
         (tmp_path / "runs" / "log").write_text("untracked")
         assert told() == (commit, True)
         (tmp_path / "sac.py").write_text("b")
         assert told() == (commit, False)
+        changed = runs.code()
+        assert re.fullmatch(f"commit {commit[:10]} with changes [0-9a-f]{{8}}", changed)
+        (tmp_path / "sac.py").write_bytes(b"\xff")  # no UTF-8
+        assert told() == (commit, False) and changed != runs.code() != f"commit {commit[:10]}"
     finally:
         runs._git.cache_clear()
+
+
+def test_resuming_under_other_code_says_so_and_goes_on(tmp_path, monkeypatch, capfd):
+    for steps, commit in ((STEPS, "one"), (STEPS + 4, "one"), (STEPS + 8, "two")):
+        capfd.readouterr()
+        monkeypatch.setattr(runs, "code", lambda commit=commit: f"commit {commit}")
+        result = train(
+            tmp_path, resume=steps > STEPS, total_timesteps=steps, checkpoint_every=STEPS
+        )["result"]
+        assert result["global_step"] == steps
+        said = "warning: saved by code of commit one, goes on with that of commit two\n"
+        assert capfd.readouterr().err == (said if commit == "two" else "")
 
 
 def test_the_hyperparameters_are_in_the_log(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from buffers import ClampCount
 from quantize import Float
-from support import arguments, envs, runs
+from support import arguments, envs, errors, runs
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def make_parts(args: Args) -> dict:
 
 def train(args: Args, inside=lambda run: None, more: dict | None = None, without=()) -> dict:
     """Run the script; `inside` is called before every step, `more` are further parts."""
-    with runs.refusing("toy.py"):
+    with errors.refusing("toy.py"):
         arguments.check_ranges(args)
         device = runs.find_device(args.device)
         folder = runs.find_folder("toy.py", args, device)
