@@ -143,14 +143,8 @@ def _why_not_resumable(path: Path, total_timesteps: int) -> str | None:
         )
     try:
         done = int(json.loads((path / "result.json").read_text())["global_step"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # no result: it was not finished
-        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # without a result it was not finished
     if done < total_timesteps:
         return None
     return f"{path} is finished; --total-timesteps beyond {done} trains it further"

@@ -55,8 +55,12 @@ ARITHMETIC = {
     *(aten.mul.Scalar, aten.div.Scalar),
 }
 IN_PLACE = {  # what may overwrite its first input, if nothing else reads that
-    **{torch.relu: torch.relu_, torch.tanh: torch.tanh_, torch.exp: torch.exp_},
-    **{torch.add: Tensor.add_, torch.sub: Tensor.sub_, torch.mul: Tensor.mul_},
+    torch.relu: torch.relu_,
+    torch.tanh: torch.tanh_,
+    torch.exp: torch.exp_,
+    torch.add: Tensor.add_,
+    torch.sub: Tensor.sub_,
+    torch.mul: Tensor.mul_,
 }
 SMALL = 4096  # numbers in the inputs; with fewer, acting is faster in numpy
 
@@ -359,9 +363,9 @@ class _Tape(TorchDispatchMode):
         """Put results where an input lies that is not read again: new memory costs a cache miss."""
         for node in calls:
             first = node.args[0] if node.target in IN_PLACE else None
-            if isinstance(first, fx.Node) and len(first.users) == 1 and "made" in first.meta:
-                if first.meta["made"] == node.meta.get("made"):
-                    node.target = IN_PLACE[node.target]
+            alone = isinstance(first, fx.Node) and len(first.users) == 1
+            if alone and "made" in first.meta and first.meta["made"] == node.meta.get("made"):
+                node.target = IN_PLACE[node.target]
 
     def _replay_in_numpy(self, calls: list[fx.Node]) -> Callable[..., Results]:
         """For the few rows of acting, where torch's calls take three times as long as numpy's."""

@@ -26,7 +26,7 @@ from odd import Odd
 
 import memory
 import sac
-from support import errors, runs
+from support import errors
 
 ROOT = Path(sac.__file__).parent
 COMMON = "--env Pendulum-v1 --hidden 8 --total-timesteps 64 --eval-episodes 1"
