@@ -39,7 +39,7 @@ from support.machine import free_memory, mb, parse_bytes
 
 Ledger = dict[str, int]  # row name -> bytes
 
-KNOB = {"ppo": "n_steps", "sac": "buffer_size"}  # the argument that sizes the buffer
+SIZED_BY = {"ppo": "n_steps", "sac": "buffer_size"}  # the argument that sizes the buffer
 PAPER_M = {"ppo": 1, "sac": 2}  # decimals kept, Sec. V-B
 PAPER_BATCH = {"ppo": 64, "sac": 256}  # Table II
 PAPER_B = 127
@@ -109,7 +109,7 @@ def allocated(
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
-        smaller = f"lower --hidden or {flag(KNOB[algo])}"
+        smaller = f"lower --hidden or {flag(SIZED_BY[algo])}"
         raise ValueError(f"these sizes take more than 9 EB of memory; {smaller}") from None
     obs = buffer.obs.nbytes
     rest = buffer.nbytes - obs
@@ -127,14 +127,14 @@ def total(ledger: Ledger) -> int:
 # ---- does it fit ----
 
 
-def most(algo: str, codec: Codec, limit: int, at_most: int = 10**12, **sizes: int) -> int:
+def largest_within(algo: str, codec: Codec, limit: int, at_most: int = 10**12, **sizes: int) -> int:
     """The largest buffer_size (sac) or n_steps (ppo) up to at_most that is within limit bytes.
 
     0 if not even 1 is.
     """
 
     def needed(n: int) -> int:
-        return total(allocated(algo, codec, **sizes | {KNOB[algo]: n}))
+        return total(allocated(algo, codec, **sizes | {SIZED_BY[algo]: n}))
 
     n = 1
     while n < at_most and needed(n) <= limit:
@@ -153,7 +153,7 @@ def largest(algo: str, codec: Codec, budget: int, **sizes: int) -> int:
     Raises:
         ValueError: not even one batch fits; one line with the least budget.
     """
-    knob, n = KNOB[algo], most(algo, codec, budget, **sizes)
+    knob, n = SIZED_BY[algo], largest_within(algo, codec, budget, **sizes)
     least = math.ceil(sizes["batch_size"] / (sizes["num_envs"] if algo == "ppo" else 1))
     if n < least:
         needed = total(allocated(algo, codec, **sizes, **{knob: least}))
@@ -211,13 +211,13 @@ def check_fits(algo: str, codec: Codec, free: int, **sizes: int) -> None:
     needed = total(allocated(algo, codec, **sizes))
     if needed <= free:
         return
-    knob, given_bound = KNOB[algo], isinstance(codec, FixedPoint) and codec.b != PAPER_B
+    knob, given_bound = SIZED_BY[algo], isinstance(codec, FixedPoint) and codec.b != PAPER_B
     choices = [codec, FixedPoint(PAPER_M[algo], PAPER_B), Packed(PAPER_M[algo], PAPER_B)]
     if isinstance(codec, FixedPoint):
         choices.insert(1, Packed(codec.m, codec.b))
     options, held = [], 0
     for choice in choices:
-        n = most(algo, choice, free, at_most=sizes[knob], **sizes)
+        n = largest_within(algo, choice, free, at_most=sizes[knob], **sizes)
         if n > held:
             words = [f"{flag(knob)} {n}"] if n < sizes[knob] else []
             if choice is not codec:
@@ -334,7 +334,7 @@ class Args:
 
 
 STORED = ("quant_m", "storage", "pack", "control_hz", "measure")
-IDLE = {  # a choice -> the arguments that it does not look at
+NOT_READ = {  # a choice -> the arguments that it does not look at
     "--algo ppo": ("buffer_size", "live_columns", "layouts"),
     "--algo sac": ("n_steps",),
     "--budget": (*STORED, "buffer_size", "n_steps", "layouts"),
@@ -356,7 +356,7 @@ def check_args(args: Args) -> None:
     if args.env is None and args.obs_dim is None and robots:
         raise ValueError(f"{flag(robots[0])} needs a robot: --env, or --obs-dim and --act-dim")
     for choice in (f"--algo {args.algo}", *map(flag, given)):
-        for name in IDLE.get(choice, ()):
+        for name in NOT_READ.get(choice, ()):
             if name in given:
                 raise ValueError(f"{flag(name)} does nothing with {choice}; drop one")
     check_ranges(args)
@@ -387,7 +387,7 @@ def robot_report(args: Args) -> dict:
     """The ledgers for one robot, in float64 and in the codec asked for, beside the paper's."""
     from experiments import measure, paper
 
-    algo, knob, (sizes, hz) = args.algo, KNOB[args.algo], find_robot(args)
+    algo, knob, (sizes, hz) = args.algo, SIZED_BY[args.algo], find_robot(args)
     sizes[knob] = getattr(args, knob)
     m = PAPER_M[algo] if args.quant_m is None and args.storage is None else args.quant_m
     codec = make_codec(m, args.quant_b, args.storage, args.pack)

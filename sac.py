@@ -223,7 +223,9 @@ def main(args: Args) -> dict:
     def policy(obs: Tensor, noise: Tensor) -> Tensor:
         return squash(*actor(obs), noise)
 
-    def q_target(next_obs: Tensor, noise: Tensor, reward: Tensor, terminated: Tensor) -> Tensor:
+    def bellman_target(
+        next_obs: Tensor, noise: Tensor, reward: Tensor, terminated: Tensor
+    ) -> Tensor:
         mean, log_std = actor(next_obs)
         next_action = squash(mean, log_std, noise)
         next_log_prob = squashed_log_prob(noise, log_std, next_action)
@@ -243,7 +245,7 @@ def main(args: Args) -> dict:
         return pi_loss + temperature_loss, pi_loss, temperature_loss, log_prob
 
     record = partial(Recorded, eager=args.eager)
-    act, find_q_target = record(policy), record(q_target)
+    act, find_target = record(policy), record(bellman_target)
     critic_gradient = record(loss_of_critic, critic_parameters)
     actor_gradient = record(loss_of_actor_and_alpha, actor_parameters)
 
@@ -305,9 +307,9 @@ def main(args: Args) -> dict:
             for _ in range(updates):
                 batch = buffer.sample(args.batch_size)
                 noise, next_noise = torch.randn(2, args.batch_size, act_dim, device=device)
-                y = find_q_target(batch.next_obs, next_noise, batch.reward, batch.terminated)
+                q_target = find_target(batch.next_obs, next_noise, batch.reward, batch.terminated)
                 # Each of the two also sets the .grad of its parameters.
-                qf_loss, q = critic_gradient(batch.obs, batch.action, y)
+                qf_loss, q = critic_gradient(batch.obs, batch.action, q_target)
                 critic_adam.step()
                 _, pi_loss, temperature_loss, log_prob = actor_gradient(batch.obs, noise)
                 actor_adam.step()
@@ -315,7 +317,7 @@ def main(args: Args) -> dict:
 
             # --- Log the last update -------------------------------------------------------------
             if updates and step % LOG_EVERY < max(args.num_envs, args.train_freq):
-                check_recordings(act, find_q_target, critic_gradient, actor_gradient)
+                check_recordings(act, find_target, critic_gradient, actor_gradient)
                 run.log(
                     {
                         "losses/qf_loss": qf_loss,
@@ -333,7 +335,7 @@ def main(args: Args) -> dict:
                 )
 
         # --- Sum up ------------------------------------------------------------------------------
-        check_recordings(act, find_q_target, critic_gradient, actor_gradient)
+        check_recordings(act, find_target, critic_gradient, actor_gradient)
         result = run.finish(buffer, best_action, buffer_size=sizes["buffer_size"])
     return parts | {"result": result}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -161,6 +162,7 @@ def _lock(path: Path, asked: str = "") -> int:
     except OSError:
         pass  # this file system has no locks
     LOCKS.add(descriptor)
+    _give_children_no_locks()
     return descriptor
 
 
@@ -170,10 +172,12 @@ def unlock(lock: int) -> None:
     os.close(lock)
 
 
-def _close_locks() -> None:
-    """In a process that an environment forks, which would keep them beyond its parent's end."""
-    while LOCKS:
-        os.close(LOCKS.pop())
+@functools.cache  # once per process
+def _give_children_no_locks() -> None:
+    """Else a process that an environment forks would keep them beyond its parent's end."""
 
+    def close_all() -> None:
+        while LOCKS:
+            os.close(LOCKS.pop())
 
-os.register_at_fork(after_in_child=_close_locks)
+    os.register_at_fork(after_in_child=close_all)

@@ -203,7 +203,7 @@ def fixed_alpha() -> None:
 
 def target_smoothing() -> None:
     parts = train_twice(sac)
-    inputs = next_obs, noise, reward, terminated = inputs_of("q_target")
+    inputs = next_obs, noise, reward, terminated = inputs_of("bellman_target")
     mean, log_std = parts["actor"](next_obs)
     next_action = sac.squash(mean, log_std, noise)
     log_prob = sac.squashed_log_prob(noise, log_std, next_action)
@@ -214,21 +214,21 @@ def target_smoothing() -> None:
         return (reward + 0.99 * torch.where(terminated, 0.0, value)).detach()
 
     torch.manual_seed(0)
-    y = recorded["q_target"](*inputs)
+    y = recorded["bellman_target"](*inputs)
     torch.manual_seed(0)
     assert_close(y, expected((0.2 * torch.randn_like(next_action)).clamp(-0.5, 0.5)))
     assert not torch.allclose(y, expected(0.0))
-    assert not torch.equal(y, recorded["q_target"](*inputs))  # new noise at every update
+    assert not torch.equal(y, recorded["bellman_target"](*inputs))  # new noise at every update
 
 
 def n_step() -> None:
     parts = train_twice(sac)
-    next_obs, noise, reward, terminated, discount = inputs_of("q_target")
+    next_obs, noise, reward, terminated, discount = inputs_of("bellman_target")
     powers = torch.tensor([0.99, 0.99**2, 0.99**3])
     power = (discount[:, None] - powers).abs().argmin(1)
     assert_close(discount, powers[power])
     assert (power == 2).sum() > 25
-    y = recorded["q_target"](next_obs, noise, reward, terminated, discount)
+    y = recorded["bellman_target"](next_obs, noise, reward, terminated, discount)
     mean, log_std = parts["actor"](next_obs)
     next_action = sac.squash(mean, log_std, noise)
     log_prob = sac.squashed_log_prob(noise, log_std, next_action)

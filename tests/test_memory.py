@@ -56,7 +56,7 @@ def test_buffer_rows_sum_to_nbytes(codec, size, num_envs):
     common = dict(**dims, hidden=8, num_envs=num_envs, batch_size=4)
     for algo, kind in (("ppo", RolloutBuffer), ("sac", ReplayBuffer)):
         buffer = kind(codec, size, num_envs, *dims.values(), CPU, seed=0)
-        ledger = allocated(algo, codec, **common, **{memory.KNOB[algo]: size})
+        ledger = allocated(algo, codec, **common, **{memory.SIZED_BY[algo]: size})
         assert ledger["buffer observations"] == buffer.obs.nbytes
         assert ledger["buffer observations"] + ledger["buffer rest"] == buffer.nbytes
 
@@ -456,7 +456,7 @@ def test_largest_is_the_largest_within_the_budget(
     sizes = dict(obs_dim=obs_dim, act_dim=3, hidden=8, num_envs=num_envs, batch_size=batch_size)
     if algo == "sac" and live is not None:
         sizes["live_columns"] = live
-    knob, ledger = memory.KNOB[algo], partial(allocated, algo)
+    knob, ledger = memory.SIZED_BY[algo], partial(allocated, algo)
     if budget < (least := least_budget(algo, codec, budget, sizes)):
         budget = least
         with pytest.raises(ValueError, match="the least is"):

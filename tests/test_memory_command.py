@@ -54,7 +54,7 @@ def report_of(args, capsys):
     ids=lambda args: f"{args.algo} {args.env} {args.budget}",
 )
 def test_budget_commands_are_those_of_the_largest_buffers(args, capsys):
-    report, knob = report_of(args, capsys), memory.KNOB[args.algo]
+    report, knob = report_of(args, capsys), memory.SIZED_BY[args.algo]
     obs_dim, act_dim, budget = report["obs_dim"], report["act_dim"], report["budget"]
     seen = set()
     for row in report["rows"]:

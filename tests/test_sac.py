@@ -146,7 +146,7 @@ def test_every_function_agrees_with_autograd_at_every_call(tmp_path, monkeypatch
     monkeypatch.setattr(sac, "LOG_EVERY", 7)
     with Checked.counting() as calls:
         sac.main(tiny(tmp_path, **changes))
-    names = {"policy", "q_target", "loss_of_critic", "loss_of_actor_and_alpha"}
+    names = {"policy", "bellman_target", "loss_of_critic", "loss_of_actor_and_alpha"}
     assert calls.keys() == names and min(calls.values()) >= 5
 
 
@@ -181,7 +181,9 @@ def test_a_python_number_that_changes_stops_the_run(tmp_path, monkeypatch, capfd
 
     monkeypatch.setattr(sac, "ReplayBuffer", Decaying)
     line = refused(args, capfd)
-    assert re.match(r"sac\.py: error: at step 50 q_target gives other numbers .*--eager", line)
+    assert re.match(
+        r"sac\.py: error: at step 50 bellman_target gives other numbers .*--eager", line
+    )
     assert args.gamma == pytest.approx(0.99 * 0.999**10)  # at the first check
     args.eager = True
     assert sac.main(args)["result"]["global_step"] == 100
