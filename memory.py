@@ -15,6 +15,7 @@ minibatch; activations come and go and are not counted. Both are dicts of row na
 
 Nothing here lists arrays or layers: `allocated` builds the real buffer and the real networks on
 torch's "meta" device, whose tensors have shapes and dtypes but no memory, and adds up their bytes.
+A network that you add to a script has to be added to `learning`, too.
 """
 
 import json

@@ -41,7 +41,7 @@ from support.networks import ActorCritic, Adam, flatten, set_threads
 from support.recording import Recorded, check_recordings
 
 ADAM_EPS = 1e-5  # not torch's 1e-8; SB3 policies.py:472
-CLIP_EPS = 1e-6  # in the norm that the gradient is divided by; torch.nn.utils.clip_grad_norm_
+NORM_EPS = 1e-6  # in the norm that the gradient is divided by; torch.nn.utils.clip_grad_norm_
 ADVANTAGE_EPS = 1e-8  # keeps the normalised advantage finite; SB3 ppo.py:219
 
 
@@ -131,7 +131,7 @@ def prepare(args: Args) -> tuple:
 
 
 def gaussian_log_prob(noise: Tensor, log_std: Tensor) -> Tensor:
-    """log pi(a|s) of a = mean + std * noise: noise (B, k), log_std (k,) -> (B,)."""
+    """log pi(a|s) of a = mean + std * noise: noise (..., k), log_std (k,) or (..., k) -> (...)."""
     return -0.5 * (noise**2).sum(-1) - (log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
@@ -282,7 +282,7 @@ def main(args: Args) -> dict:
                     _, policy_loss, v_loss, entropy, ratio, log_ratio = gradient(*batch)
                     first_ratio = ratio if first_ratio is None else first_ratio
                     norm = parameters.grad.norm()
-                    parameters.grad *= (args.max_grad_norm / (norm + CLIP_EPS)).clamp(max=1)
+                    parameters.grad *= (args.max_grad_norm / (norm + NORM_EPS)).clamp(max=1)
                     adam.step()
             first_ratio_error.copy_((first_ratio - 1).abs().mean())
 

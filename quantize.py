@@ -44,7 +44,10 @@ def clamp(s: np.ndarray, b: float) -> np.ndarray:
 
 
 def quantize(s: np.ndarray, m: int, b: float) -> np.ndarray:
-    """Clamp to [-b, b], then round to m decimals, ties to even; float64. Paper eq. 4, 5."""
+    """Clamp to [-b, b], then round to m decimals, ties to even; float64. Paper eq. 4, 5.
+
+    The formula, for reading and for tests. Training rounds in `FixedPoint.encode`.
+    """
     # + 0.0 turns -0.0 into 0.0: a fixed-point code has one zero.
     return np.round(clamp(s, b), m) + 0.0
 
@@ -81,7 +84,7 @@ class Codec:
     bits_per_value: int
     name: str
     b: float
-    remedy: str
+    remedy: str = "a bound of {bound}"
 
     def encode(self, obs: np.ndarray) -> torch.Tensor:
         """(..., n) finite numbers -> (..., n) codes, on the CPU."""

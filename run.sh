@@ -118,7 +118,7 @@ reproduce)
     .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
     .venv/bin/python experiments/plot.py draw --results experiments/results
     .venv/bin/python memory.py --plot experiments/results/memory.png
-    .venv/bin/python experiments/speed.py --cores 2 --rounds 3
+    .venv/bin/python experiments/speed.py --cores 2 --rounds 2
     .venv/bin/python experiments/scaling.py --rounds 2
     ;;
 experiments/peers.py)

@@ -62,7 +62,7 @@ class Args:
     drop_constant: bool = False
     """store a column of the observation only from its first change on"""
     memory_budget: str | None = None
-    """bytes for buffer, networks and batch, e.g. 750MB: the buffer takes what is left, at once"""
+    """bytes for buffer, networks and batch, e.g. 750MB: the buffer takes the rest, at the start"""
     eager: bool = False
     """let autograd run at every update: prints and breakpoints work inside a loss; slower"""
     seed: int = 1
@@ -122,7 +122,7 @@ def check(args: Args) -> None:
 
 
 def prepare(args: Args) -> tuple:
-    """Check everything, build codec and envs, say what memory it takes, make the folder last."""
+    """Check everything, build codec and envs, say what memory it takes; then make the folder."""
     arguments.check_ranges(args)
     check(args)
     device = runs.find_device(args.device)
@@ -148,7 +148,8 @@ def squash(mean: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
 def squashed_log_prob(noise: Tensor, log_std: Tensor, action: Tensor) -> Tensor:
     """log pi(a|s) of a = tanh(u), u = mean + std * noise: (B, k) each -> (B,). SAC appendix C.
 
-    In [-1, 1] units. SB3 distributions.py:229 evaluates the same density through (u - mean) / std.
+    Of the action within [-1, 1], before `to_env`. SB3 distributions.py:229 evaluates the same
+    density through (u - mean) / std.
     """
     log_gaussian = -0.5 * (noise**2 + math.log(2 * math.pi)) - log_std
     return (log_gaussian - torch.log(1 - action**2 + SQUASH_EPS)).sum(-1)
@@ -237,6 +238,7 @@ def main(args: Args) -> dict:
         return critic_loss(q, q_target), q
 
     def loss_of_actor_and_alpha(obs: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+        # Only actor and log_alpha get gradients of this, as they are in actor_parameters.
         mean, log_std = actor(obs)
         action = squash(mean, log_std, noise)
         log_prob = squashed_log_prob(noise, log_std, action)
@@ -308,7 +310,7 @@ def main(args: Args) -> dict:
                 batch = buffer.sample(args.batch_size)
                 noise, next_noise = torch.randn(2, args.batch_size, act_dim, device=device)
                 q_target = find_target(batch.next_obs, next_noise, batch.reward, batch.terminated)
-                # Each of the two also sets the .grad of its parameters.
+                # critic_gradient and actor_gradient also set the .grad of their parameters.
                 qf_loss, q = critic_gradient(batch.obs, batch.action, q_target)
                 critic_adam.step()
                 _, pi_loss, temperature_loss, log_prob = actor_gradient(batch.obs, noise)

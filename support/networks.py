@@ -19,7 +19,7 @@ LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # SB3 sac/policies.py:21
 
 
 class ParallelLinear(nn.Module):
-    """`count` linear layers side by side: (count or 1, B, inputs) -> (count, B, outputs).
+    """`count` linear layers side by side: (B, inputs) or (count, B, inputs) -> (count, B, outputs).
 
     One batched product serves all of them. They start as `nn.Linear` does, uniform in
     +-1 / sqrt(inputs).
@@ -32,7 +32,7 @@ class ParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(count, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Several inputs count as one, side by side, but are not copied together.
+        """Several inputs count as if concatenated, but it is the weight that is split.
 
         So a loss that wants the gradient of one of them does not pay for the others'.
         """

@@ -1,6 +1,6 @@
 """Gradients by autograd, recorded once and replayed: plain PyTorch losses without the waiting.
 
-    critic_gradient = Recorded(critic_loss, critic_parameters)
+    critic_gradient = Recorded(loss_of_critic, critic_parameters)
     loss, q = critic_gradient(obs, action, q_target)    # and critic_parameters.grad is set
 
 With networks this small PyTorch spends more time on calling operations, and on the graph that
@@ -13,7 +13,8 @@ compared with autograd before it is used. Print `code.src` in `_compile` to read
 What to know when you write a loss:
 
 - It takes tensors and returns the loss, or the loss and other tensors. What you want to see or log
-  must be among the results; what it stores elsewhere stays that of the recording.
+  must be among the results: what a loss assigns to an outer variable is not assigned again by later
+  calls.
 - Whatever changes from call to call must be an input, or a tensor that the loop changes in place,
   as Adam does the parameters. **A Python number stays what it was while recording.** The scripts
   call `check_recordings` whenever they log and at the end; it stops the run and names the loss.
@@ -249,7 +250,7 @@ class _NoValues(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__repr__):
             raise RuntimeError(f"it uses the values of a tensor (.{function.__name__}())")
         return function(*args, **(kwargs or {}))
 
