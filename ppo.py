@@ -126,7 +126,7 @@ def prepare(args: Args) -> tuple:
     footprint = memory.plan("ppo", codec, device, **sizes, **others)
     envs.reset(seed=args.seed)
     folder = runs.find_folder("ppo.py", args, device)
-    print(f"{folder} on {device}, observations stored as {codec.name}\n{footprint}")
+    errors.say(f"{folder} on {device}, observations stored as {codec.name}\n{footprint}")
     return device, codec, envs, sizes, folder
 
 

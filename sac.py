@@ -136,7 +136,7 @@ def prepare(args: Args) -> tuple:
     envs.reset(seed=args.seed)
     folder = runs.find_folder("sac.py", args, device)
     rows = f"{sizes['buffer_size']:,} observations"
-    print(f"{folder} on {device}, {rows} stored as {codec.name}\n{footprint}")
+    errors.say(f"{folder} on {device}, {rows} stored as {codec.name}\n{footprint}")
     return device, codec, envs, sizes, folder
 
 

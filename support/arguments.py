@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import unicodedata
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def flag(field: str) -> str:
 def check_ranges(args: Any) -> None:
     """Raise ValueError, one line, for the first field outside its range or with unreadable text."""
     for name, value in asdict(args).items():
-        if isinstance(value, str) and not value.isprintable():
+        if isinstance(value, str) and {"Cc", "Cs"} & set(map(unicodedata.category, value)):
             raise ValueError(f"{flag(name)} {value!a} has characters that cannot be printed")
         low, high = RANGES.get(name, (None, None))
         if None not in (low, value) and not low <= value <= high:

@@ -14,6 +14,8 @@ import copy
 import hashlib
 import mmap
 import os
+import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,10 @@ import numpy as np
 import torch
 
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of a file
+PLAIN = (int, float, str, bool, type(None))
+KNOWN = re.compile(  # in a pickle of tensors
+    r"torch(\.storage)? \w+|torch\._utils _rebuild_tensor_v[23]|collections OrderedDict"
+)
 NOT_OURS = "it holds other things than a checkpoint of this program, or code"
 
 
@@ -69,14 +75,17 @@ def plain(value: Any, name: str) -> Any:
         TypeError: naming what is neither a tensor nor a plain Python value.
     """
     if isinstance(value, dict):
+        for key in value:
+            if type(key) not in PLAIN:
+                raise TypeError(f"{name} has a key of type {type(key).__name__}, not str or int")
         return {key: plain(part, f"{name}[{key!r}]") for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part, f"{name}[{i}]") for i, part in enumerate(value)]
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
         return value.detach().clone() if _overlaps(value) else value.detach()
     if isinstance(value, np.generic):
         return value.item()
-    if type(value) not in (int, float, str, bool, type(None)):
+    if type(value) not in PLAIN:
         raise TypeError(
             f"{name} is a {type(value).__name__}, which a checkpoint cannot hold; "
             "a tensor is what it can, torch.from_numpy(array.copy()) for example"
@@ -138,6 +147,10 @@ def load(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("packed, so it may be far larger than the file")
+            (pickled,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            for operation, argument, _ in pickletools.genops(archive.read(pickled)):
+                if "GLOBAL" in operation.name and not KNOWN.fullmatch(str(argument)):
+                    raise ValueError("makes something else than tensors")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         _check_size(content, set())
         return content
@@ -153,14 +166,16 @@ def _check_size(value: Any, seen: set[int]) -> None:
     """
     if isinstance(value, torch.Tensor) and _overlaps(value):
         raise ValueError("a tensor overlaps itself")
-    if isinstance(value, dict | list | tuple):
+    if isinstance(value, dict | list):
         if id(value) in seen:
             raise ValueError("a value stands twice")
         seen.add(id(value))
         for part in value.values() if isinstance(value, dict) else value:
             _check_size(part, seen)
+    elif not isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+        raise ValueError("not what `plain` leaves")
 
 
 def _overlaps(x: torch.Tensor) -> bool:
     """Whether a tensor has more numbers than its storage, as `expand` makes it."""
-    return x.layout != torch.strided or x.nbytes > x.untyped_storage().nbytes()
+    return x.nbytes > x.untyped_storage().nbytes()

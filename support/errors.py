@@ -18,6 +18,17 @@ class EnvironmentFault(Exception):
     """An environment raised, or returned what cannot be learned from: one line with its name."""
 
 
+unread: list[str] = []  # what could not be printed
+
+
+def say(message: str) -> None:
+    """Print a line. A run goes on if nobody reads it: a closed pipe, a file on a full disk."""
+    try:
+        print(message)
+    except OSError:
+        unread.append(message)
+
+
 @contextlib.contextmanager
 def refusing(script: str) -> Iterator[None]:
     """Turn bad input (ValueError, EnvironmentFault) into one line on stderr and exit code 2."""
@@ -33,20 +44,23 @@ def command(script: str) -> Iterator[None]:
     """Wrap a whole script: Ctrl-C, a full disk or lack of memory ends it without a traceback."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it is closed
         stream.reconfigure(errors="backslashreplace")  # for accents on an ASCII terminal
+    unread.clear()
     try:
         yield
         print(end="", flush=True)  # fails here rather than when Python ends
+        if unread:
+            raise SystemExit(1)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:  # whoever reads the output has read enough
-        _discard_unwritable()
         raise SystemExit(1) from None
     except Exception as error:
         why = machine_fault(error)
         if why is None:
             raise
-        _discard_unwritable()
         raise SystemExit(f"{script}: error: {why}") from None
+    finally:
+        _discard_unwritable()
 
 
 def _discard_unwritable() -> None:

@@ -144,7 +144,7 @@ def _why_not_resumable(path: Path, total_timesteps: int) -> str | None:
         )
     try:
         done = int(json.loads((path / "result.json").read_text())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # without a result it was not finished
     if done < total_timesteps:
         return None

@@ -16,8 +16,9 @@ What to know when you write a loss:
   must be among the results: what a loss assigns to an outer variable is not assigned again by later
   calls.
 - Whatever changes from call to call must be an input, or a tensor that the loop changes in place,
-  as Adam does the parameters. **A Python number stays what it was while recording.** The scripts
-  call `check_recordings` whenever they log and at the end; it stops the run and names the loss.
+  as Adam does the parameters. **A Python number stays what it was while recording.** A loss is
+  compared with autograd in its first calls, whenever the scripts log and at the end, by
+  `check_recordings`; a difference stops the run with a line that names the loss.
 - A loss that uses the values of tensors (if, print, .item()), or that changes a tensor from outside
   in place (BatchNorm's statistics), cannot be recorded. One warning says so, and then autograd runs
   at every call.
@@ -44,7 +45,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.in_numpy import IN_NUMPY
 
 TOLERANCE = 1e-4  # of a replay against autograd, relative to a gradient's largest entry
-MOST_SHAPES = 16  # of which the recordings of one function are kept
+MOST_SHAPES = 16  # of the inputs of one function; TorchScript never frees a recording
+EARLY_CHECKS = (2, 3)  # calls after which a replay is compared with autograd once more
 Results = tuple[Tensor, ...]
 
 aten = torch.ops.aten
@@ -88,6 +90,7 @@ class Recorded:
             self._link_gradient()
         self.replays: dict[tuple, Callable[..., Results]] = {}  # shapes and dtypes -> replay
         self.latest: dict[tuple, Results] = {}  # the same -> latest inputs
+        self.replayed = 0  # how often
         self.problem: str | None = None  # why it is not recorded, until that was said
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -97,7 +100,7 @@ class Recorded:
             FloatingPointError: the loss, or its gradient squared, is not finite. A step of Adam
                 would turn every parameter into nan.
         """
-        key = tuple([(x.shape, x.dtype) for x in inputs])
+        key = tuple([(x.shape, x.dtype, x.is_contiguous(), x.requires_grad) for x in inputs])
         replay = None if self.eager else self.replays.get(key) or self._record(key, inputs)
         if replay is None:
             results = self._by_autograd(*inputs)  # before the warning, if it is itself at fault
@@ -105,8 +108,11 @@ class Recorded:
         else:
             results = replay(*inputs)
             self.latest[key] = inputs
+            self.replayed += 1
+            if self.replayed in EARLY_CHECKS:
+                check_recordings(self)
         if self.parameters is not None:
-            if self.parameters.grad is None or self.parameters.views[0].grad is None:
+            if not self._linked():
                 self._link_gradient()  # a zero_grad() has cut it off
             count, gradient = len(self.parameters.views), self.parameters.grad
             results, parts = results[:-count], results[-count:]
@@ -117,6 +123,13 @@ class Recorded:
                     f"{gradient.norm():g}; training stopped before it spread"
                 )
         return results[0] if len(results) == 1 else results
+
+    def _linked(self) -> bool:
+        """Whether the views' gradients are those of the vector."""
+        vector, views = self.parameters, self.parameters.views
+        if vector.grad is None or any(view.grad is None for view in views):
+            return False
+        return vector.grad.data_ptr() == views[0].grad.data_ptr()
 
     def _link_gradient(self) -> None:
         """Give the vector a gradient and every view its part of it, for torch's own optimisers."""
@@ -150,6 +163,8 @@ class Recorded:
     def _record(self, key: tuple, inputs: Results) -> Callable[..., Results] | None:
         """Trace the function for these inputs; None and a warning if it has to be autograd."""
         try:
+            if len(self.replays) == MOST_SHAPES:
+                raise RuntimeError(f"it is called with more than {MOST_SHAPES} shapes of inputs")
             with torch.inference_mode(False), _same_random_numbers():
                 copies = [x.clone() for x in inputs]
                 tape = _Tape(copies)
@@ -170,10 +185,6 @@ class Recorded:
         except Exception as error:  # whatever tracing makes of code that it cannot follow
             problem = (str(error).splitlines() or [type(error).__name__])[0]
         if problem is None:
-            if len(self.replays) == MOST_SHAPES:
-                oldest = next(iter(self.replays))
-                del self.replays[oldest]
-                self.latest.pop(oldest, None)
             self.replays[key] = replay
             return replay
         self.eager, self.problem = True, problem
@@ -291,7 +302,9 @@ class _Tape(TorchDispatchMode):
             raise RuntimeError("it uses the value of a tensor (if, print, float() or .item())")
         kwargs = kwargs or {}
         read = [x for x in _flat((args, kwargs)) if isinstance(x, Tensor)]
-        masked = target is not aten.index.Tensor or any(x.dtype == torch.bool for x in read[1:])
+        masked = target is not aten.index.Tensor or any(
+            x.dtype in (torch.bool, torch.uint8) for x in read[1:]
+        )
         if torch.Tag.dynamic_output_shape in target.tags and masked:
             raise RuntimeError("the size of a result depends on the values of tensors")
         if target._schema.is_mutable:
@@ -399,9 +412,6 @@ class _Tape(TorchDispatchMode):
             return nodes[0]
         if target is aten.pow.Tensor_Scalar and args[1] == 1 and self.shorten:  # autograd's 2 x^1
             return nodes[0]
-        if target is aten.threshold_backward.default and args[2] == 0:
-            # ReLU's derivative as gradient * sign(output), in a fraction of its own time.
-            target, nodes = aten.mul.Tensor, (nodes[0], self._once(torch.sign, nodes[1:2]))
         if target is aten.expand.default:
             nodes = nodes[0], list(result.shape)  # without -1
         floats = target in ARITHMETIC and args[0].dtype == result.dtype == torch.float32
@@ -434,6 +444,8 @@ def _flat(value: Any) -> list[Any]:
 
 def _is_view(target: Callable) -> bool:
     """Whether its results share memory with an input, and so follow all changes of it."""
+    if target is aten._unsafe_view.default:  # which does not say so
+        return True
     return all(result.alias_info for result in target._schema.returns)
 
 

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from support import arguments, checkpoints
 from support.envs import evaluate
-from support.errors import EnvironmentFault, machine_fault, refusing
+from support.errors import EnvironmentFault, machine_fault, refusing, say
 from support.folders import VERSIONS, Folder, unlock, written_with
 from support.folders import find_folder as find_folder
 from support.log import Log
@@ -65,10 +65,14 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--no-color")  # not as the user has set it
+
+
 @functools.cache  # as it was at first: files may change while a run trains
 def _git(*words: str) -> str | None:
     """What a git command says of this repository, None outside of one."""
-    command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", *words]
+    where = ["--no-optional-locks", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
+    command = ["git", *where, *words]
     try:
         options = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
         return subprocess.run(command, check=True, **options).stdout.strip()
@@ -90,7 +94,7 @@ def provenance() -> dict:
 
 def code() -> str:
     """The commit of this code and a hash of what differs from it, as a few words."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    commit, changes = _git("rev-parse", "HEAD"), _git(*DIFF, "HEAD")
     if commit is None:
         return "no known commit"
     changed = hashlib.sha256(changes.encode()).hexdigest()[:8] if changes else None
@@ -135,6 +139,7 @@ class Run:
         self.saved_step: int | None = None
         self.seconds_before, self.next_save = 0.0, 0  # a new run is saved at once
         self.copied: dict | None = None  # by `snapshot`
+        self.process = os.getpid()
         self.signal: int | None = None  # the first that came
         self.stops_at_once = False  # whether a signal need not wait for `goes_on`
         self.warned_of_saving = self.warned_of_clamping = False
@@ -142,7 +147,7 @@ class Run:
         if folder.saved:
             with refusing(script), folder.reading():
                 self._restore(folder.saved)
-                self.code_before = folder.saved["code"]
+                self.code_before = "".join(filter(str.isprintable, str(folder.saved["code"])))
             folder.saved = None  # its tensors are the file, which would keep its space on the disk
         self.code = code()  # as it is now; files may change while a run trains
 
@@ -235,14 +240,15 @@ class Run:
             self.warned_of_clamping = True
             self.warn(f"so far {clamped.report()}")
 
-    def say(self, message: str, file: TextIO | None = None) -> None:
+    def say(self, message: str) -> None:
         """Print a line that leaves the progress bar whole. A run goes on if nobody reads it."""
-        with contextlib.suppress(OSError):  # a closed pipe, or a file on a disk that is full
-            self.bar.write(message, file=sys.stdout if file is None else file)
+        with self.bar.external_write_mode():
+            say(message)
 
     def warn(self, message: str) -> None:
         """Print a line on stderr, likewise."""
-        self.say(f"warning: {message}", sys.stderr)
+        with contextlib.suppress(OSError):  # stderr may be a file on a disk that is full
+            self.bar.write(f"warning: {message}", file=sys.stderr)
 
     def finish(
         self, buffer: Any, best_action: Callable[[np.ndarray], np.ndarray], **more: Any
@@ -305,6 +311,9 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         trained, self.stops_at_once = self.stops_at_once, False
         self.bar.close()
+        if isinstance(error, EnvironmentFault) and self.copied:
+            # With the same random numbers the same rollout would meet the same fault again.
+            self.copied["parts"]["torch_rng"] = checkpoints.state_of(torch.default_generator)
         if isinstance(error, EnvironmentFault | KeyboardInterrupt) or (error and trained):
             self._save()
         self.tensorboard.close()
@@ -334,6 +343,9 @@ class Run:
         return f"saved as of step {self.saved_step}; resume with: {command}"
 
     def _signalled(self, number: int, _: Any) -> None:
+        if os.getpid() != self.process:  # one that an environment forked, which just ends
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.signal = number
         for handled in self.handlers:
             signal.signal(handled, signal.SIG_DFL)

@@ -188,6 +188,8 @@ def huge(kind: str) -> bytes:
         value = torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.int64), value, (10**9,))
     if kind == "deflated":
         value = "a" * 300_000_000
+    if kind == "bytes":
+        value = Code(bytearray, 300_000_000)
     if kind == "shared":  # of 10^9 numbers when it is copied
         value = [1.0] * 10
         for _ in range(8):
@@ -201,7 +203,7 @@ def huge(kind: str) -> bytes:
     return signed(file.getvalue())
 
 
-@pytest.mark.parametrize("kind", ["expanded", "sparse", "deflated", "shared"])
+@pytest.mark.parametrize("kind", ["expanded", "sparse", "deflated", "bytes", "shared"])
 def test_what_is_larger_than_its_file_is_refused_before_memory_grows(kind, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(huge(kind))

@@ -310,7 +310,17 @@ def test_finished_runs_are_skipped_until_more_steps_are_asked_for(some):
     assert message in some.refused()
 
 
-NO_RESULTS = ["", "{", "[]", "{}", "3", '{"global_step": null}', "\x00", "[" * 200_000]
+NO_RESULTS = [
+    "",
+    "{",
+    "[]",
+    "{}",
+    "3",
+    '{"global_step": null}',
+    "\x00",
+    "[" * 200_000,
+    '{"global_step": 1e999}',
+]
 
 
 @pytest.mark.parametrize("result", NO_RESULTS, ids=lambda text: text[:9])
