@@ -75,10 +75,9 @@ def plain(value: Any, name: str) -> Any:
         TypeError: naming what is neither a tensor nor a plain Python value.
     """
     if isinstance(value, dict):
-        for key in value:
-            if type(key) not in PLAIN:
-                raise TypeError(f"{name} has a key of type {type(key).__name__}, not str or int")
-        return {key: plain(part, f"{name}[{key!r}]") for key, part in value.items()}
+        keys = [plain(key, f"{name}, at the key {key!r},") for key in value]
+        parts = [plain(part, f"{name}[{key!r}]") for key, part in value.items()]
+        return dict(zip(keys, parts, strict=True))
     if isinstance(value, list | tuple):
         return [plain(part, f"{name}[{i}]") for i, part in enumerate(value)]
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:

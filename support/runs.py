@@ -139,6 +139,7 @@ class Run:
         self.saved_step: int | None = None
         self.seconds_before, self.next_save = 0.0, 0  # a new run is saved at once
         self.copied: dict | None = None  # by `snapshot`
+        self.changed = False  # whether it has been since
         self.process = os.getpid()
         self.signal: int | None = None  # the first that came
         self.stops_at_once = False  # whether a signal need not wait for `goes_on`
@@ -314,6 +315,7 @@ class Run:
         if isinstance(error, EnvironmentFault) and self.copied:
             # With the same random numbers the same rollout would meet the same fault again.
             self.copied["parts"]["torch_rng"] = checkpoints.state_of(torch.default_generator)
+            self.changed = True
         if isinstance(error, EnvironmentFault | KeyboardInterrupt) or (error and trained):
             self._save()
         self.tensorboard.close()
@@ -373,7 +375,7 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint unless there is one of this step; if that fails, warn once."""
         step, self.next_save = self.step, self._next_save()
-        if step == self.saved_step:
+        if step == self.saved_step and not self.changed:
             return
         run = {"args": asdict(self.args), "seconds": self.seconds, "code": self.code}
         content = written_with(self.script, self.device) | run | (self.copied or self._state())

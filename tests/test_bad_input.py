@@ -21,12 +21,12 @@ import pytest
 import tyro
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Discrete
-from helpers import SCRIPTS
+from helpers import SCRIPTS, hashed
 from odd import Odd
 
 import memory
 import sac
-from support import errors
+from support import checkpoints, errors
 
 ROOT = Path(sac.__file__).parent
 COMMON = "--env Pendulum-v1 --hidden 8 --total-timesteps 64 --eval-episodes 1"
@@ -411,6 +411,25 @@ def test_a_fault_ends_the_run_in_one_line_and_mended_it_goes_on(
     # Only an episode that had not begun begins anew.
     assert bool(err) == (part == "reset" and which != "evaluated" and name == "sac"), err
     assert (folder / "result.json").exists() and len(list(Path("runs").iterdir())) == 1
+
+
+def test_after_a_fault_ppo_takes_the_rollout_again_with_other_noise(
+    register, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    line = f"{BASE['ppo']} --env test/Odd-v0 --checkpoint-every 64 --total-timesteps"
+    register(lambda: Odd(length=LENGTH))
+    run("ppo", f"{line} 64 --run-name before")
+    register(lambda: Odd("step", 101, RuntimeError("it fell"), length=LENGTH))
+    with pytest.raises(SystemExit):
+        run("ppo", f"{line} 128 --run-name fell")
+    before, fell = (
+        checkpoints.load(Path(f"runs/{name}/checkpoint.pt")) for name in ("before", "fell")
+    )
+    assert before["global_step"] == fell["global_step"] == 64
+    for name, part in before["parts"].items():
+        same = hashed(part) == hashed(fell["parts"][name])
+        assert same == (name != "torch_rng"), name
 
 
 @both

@@ -65,7 +65,10 @@ def test_what_is_saved_is_loaded_to_the_last_bit(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("value", [np.zeros(2), {1}, b"x", torch.device("cpu")], ids=repr)
+SPARSE = torch.eye(2).to_sparse()
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), {1}, b"x", torch.device("cpu"), SPARSE], ids=repr)
 def test_what_load_would_refuse_is_not_saved_and_named(tmp_path, value):
     path = tmp_path / "file"
     save(path, {"before": 1})
@@ -77,9 +80,9 @@ def test_what_load_would_refuse_is_not_saved_and_named(tmp_path, value):
 
 def test_numpys_numbers_parameters_and_tuples_are_saved_as_plain_ones(tmp_path):
     path = tmp_path / "file"
-    numbers = (np.float32(0.5), [np.int64(3), np.bool_(True)])
+    numbers = (np.float32(0.5), [np.int64(3), np.bool_(True), {np.int64(3): 1}])
     save(path, {"a": numbers, "b": torch.nn.Parameter(torch.ones(2))})
-    assert same(load(path), {"a": [0.5, [3, True]], "b": torch.ones(2)})
+    assert same(load(path), {"a": [0.5, [3, True, {3: 1}]], "b": torch.ones(2)})
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])

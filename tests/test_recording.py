@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from torch import nn
 
 from support.networks import Actor, ActorCritic, Adam, Critic, flatten
-from support.recording import Recorded, StaleRecording, _Tape, check_recordings
+from support.recording import Recorded, StaleRecording, check_recordings
+from support.tape import Tape
 
 pytestmark = pytest.mark.filterwarnings("error")  # no loss falls back unless a test says so
 
@@ -321,13 +322,13 @@ def test_what_torchscript_does_not_know_runs_in_python(traced):
 @pytest.fixture
 def in_numpy(monkeypatch):
     """The names of the operations that numpy runs, for each of its lists."""
-    lists, replay = [], _Tape._replay_in_numpy
+    lists, replay = [], Tape._replay_in_numpy
 
     def watched(tape, calls):
         lists.append([node.name for node in calls])
         return replay(tape, calls)
 
-    monkeypatch.setattr(_Tape, "_replay_in_numpy", watched)
+    monkeypatch.setattr(Tape, "_replay_in_numpy", watched)
     return lists
 
 
@@ -404,8 +405,8 @@ def test_nothing_that_is_read_again_is_overwritten(name):
 
 
 def test_an_intermediate_result_is_overwritten_where_it_is_not_read_again(monkeypatch):
-    codes, compiled = [], _Tape._compile
-    monkeypatch.setattr(_Tape, "_compile", lambda t: codes.append(str(t.graph)) or compiled(t))
+    codes, compiled = [], Tape._compile
+    monkeypatch.setattr(Tape, "_compile", lambda t: codes.append(str(t.graph)) or compiled(t))
     x = torch.randn(3, 4, dtype=torch.float64)
     Recorded(lambda x: (x @ x.mT).relu() + 1)(x)
     assert "relu_" in codes[0] and "add_" in codes[0]

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import time
 from dataclasses import asdict
@@ -268,6 +269,22 @@ def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(some):
     finally:
         child.kill()
         child.join()
+
+
+def test_a_child_that_an_environment_forks_can_be_ended(tmp_path):
+    children = []
+
+    def inside(run):
+        if not children:
+            fork = multiprocessing.get_context("fork")
+            children.append(fork.Process(target=time.sleep, args=(60,), daemon=True))
+            children[0].start()
+            time.sleep(1)
+            children[0].terminate()
+            children[0].join(10)
+
+    train(tmp_path, resume=False, inside=inside)
+    assert children[0].exitcode == -signal.SIGTERM
 
 
 def test_the_loser_of_two_runs_with_one_name_is_told_so(some, monkeypatch):
@@ -579,6 +596,9 @@ def test_commit_and_changes_are_those_of_this_repository(tmp_path, monkeypatch):
         (tmp_path / "sac.py").write_text("b")
         assert told() == (commit, False)
         changed = runs.code()
+        git("config", "diff.external", "false")  # a program that fails
+        runs._git.cache_clear()
+        assert runs.code() == changed
         assert re.fullmatch(f"commit {commit[:10]} with changes [0-9a-f]{{8}}", changed)
         (tmp_path / "sac.py").write_bytes(b"\xff")  # no UTF-8
         assert told() == (commit, False) and changed != runs.code() != f"commit {commit[:10]}"
