@@ -82,14 +82,15 @@ def make(env_id: str) -> gym.Env:
             why = _first_line(error) if isinstance(error, Exception) else type(error).__name__
             raise ValueError(f"cannot make '{env_id}': {why}; try {', '.join(close)}") from error
         raise ValueError(f"unknown --env '{env_id}'; closest: {', '.join(close)}") from error
-    problem = _unsuitable(env.observation_space, env.action_space)
+    spaces = (getattr(env, f"{name}_space", None) for name in ("observation", "action"))
+    problem = _unsuitable(*spaces)
     if problem:
         env.close()
         raise ValueError(f"--env '{env_id}' {problem}")
     return env
 
 
-def _unsuitable(obs_space: gym.Space, action_space: gym.Space) -> str | None:
+def _unsuitable(obs_space: gym.Space | None, action_space: gym.Space | None) -> str | None:
     """What keeps these spaces from being used here, as the end of a sentence; None if nothing."""
     for kind, space in (("observations", obs_space), ("actions", action_space)):
         if not isinstance(space, Box) or len(space.shape) != 1 or not space.shape[0]:
@@ -132,7 +133,10 @@ class VectorEnv(gym.vector.SyncVectorEnv):
 
     def __init__(self, env_id: str, num_envs: int):
         disabled = gym.vector.AutoresetMode.DISABLED
-        super().__init__([lambda: make(env_id)] * num_envs, autoreset_mode=disabled)
+        try:
+            super().__init__([lambda: make(env_id)] * num_envs, autoreset_mode=disabled)
+        except RuntimeError as error:  # Gymnasium's, when they have different spaces
+            raise ValueError(f"--env '{env_id}' cannot be used: {_first_line(error)}") from error
         self.env_id = env_id
         self.obs = np.zeros(self.observation_space.shape, self.observation_space.dtype)
         self.fresh = np.zeros(num_envs, np.bool_)

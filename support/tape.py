@@ -134,8 +134,14 @@ class Tape(TorchDispatchMode):
             self.alive.append(value)
         return self.nodes[id(value)]
 
-    def replay(self, results: Results) -> Callable[..., Results]:
-        """The graph as a function of the inputs; results are those that the function returned."""
+    def replay(self, results: Results) -> tuple[Callable[..., Results], Callable[..., Results]]:
+        """The graph as a function of the inputs, in two versions: as fast as may be, and plain.
+
+        The plain one does what autograd does, to the last bits; it is there to be compared.
+
+        Args:
+            results: those that the recorded function returned.
+        """
         self.graph.output(tuple([self.node(x) for x in results]))
         self.graph.eliminate_dead_code()
         calls = [node for node in self.graph.nodes if node.op == "call_function"]
@@ -143,9 +149,9 @@ class Tape(TorchDispatchMode):
         small = sum(x.numel() for x in self.inputs) < SMALL
         # Of other dtypes numpy makes others than torch does.
         small &= all(x.is_cpu and x.dtype == torch.float32 for x in tensors)
-        if small and all(node.target in IN_NUMPY and not node.kwargs for node in calls):
-            return self._replay_in_numpy(calls)
-        self._overwrite(calls)
+        small &= all(node.target in IN_NUMPY and not node.kwargs for node in calls)
+        if not small:
+            self._overwrite(calls)
         forward, constants = self._compile(), tuple(self.constants.values())
         names, n = tuple(self.constants), len(self.inputs)  # not self: it would live on
 
@@ -153,12 +159,17 @@ class Tape(TorchDispatchMode):
             named = types.SimpleNamespace(**dict(zip(names, tensors[n:], strict=True)))
             return forward(named, *tensors[:n])
 
+        def plain(*inputs: Tensor) -> Results:
+            return in_python(*inputs, *constants)
+
+        if small:
+            return self._in_numpy(calls), plain
         # TorchScript runs the same list without Python between the operations, a fifth to a third
         # faster. It is deprecated and does not know all arguments: Python is good enough then.
         replay = in_python
         with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError):
             replay = torch.jit.trace(in_python, (*self.inputs, *constants), check_trace=False)
-        return lambda *inputs: replay(*inputs, *constants)
+        return (lambda *inputs: replay(*inputs, *constants)), plain
 
     def _overwrite(self, calls: list[fx.Node]) -> None:
         """Put results where an input lies that is not read again: new memory costs a cache miss."""
@@ -168,7 +179,7 @@ class Tape(TorchDispatchMode):
             if alone and "made" in first.meta and first.meta["made"] == node.meta.get("made"):
                 node.target = IN_PLACE[node.target]
 
-    def _replay_in_numpy(self, calls: list[fx.Node]) -> Callable[..., Results]:
+    def _in_numpy(self, calls: list[fx.Node]) -> Callable[..., Results]:
         """For the few rows of acting, where torch's calls take three times as long as numpy's."""
         for node in calls:
             node.target = IN_NUMPY[node.target]

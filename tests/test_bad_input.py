@@ -332,6 +332,19 @@ def test_an_environment_that_cannot_be_used_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@both
+def test_spaces_that_are_missing_or_differ_between_environments_are_refused(
+    name, register, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    register(gym.Env)
+    refused(name, f"{BASE[name]} --env test/Odd-v0", "has observations None", capfd)
+    bounds = iter((1.0, 2.0))
+    register(lambda: Odd(act_space=Box(-(b := next(bounds)), b, (1,))))
+    refused(name, f"{BASE[name]} --env test/Odd-v0 --num-envs 2", "cannot be used: ", capfd)
+    assert not list(tmp_path.iterdir())
+
+
 # --- Faults during the run ------------------------------------------------------------------------
 
 WHERE = " in odd.py, line "
