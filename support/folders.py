@@ -20,7 +20,7 @@ import torch
 from support import arguments, checkpoints
 from support.errors import EnvironmentFault
 
-LOCKS: set[int] = set()  # file descriptors of the folders that this process trains in
+LOCKS: dict[int, os.stat_result] = {}  # file descriptors of folders that are trained in here
 FORMAT = 3  # of checkpoints; raise it when the meaning of what is saved changes
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
 
@@ -161,14 +161,14 @@ def _lock(path: Path, asked: str = "") -> int:
         raise ValueError(f"{asked}another process is training {path}") from None
     except OSError:
         pass  # this file system has no locks
-    LOCKS.add(descriptor)
+    LOCKS[descriptor] = os.fstat(descriptor)
     _give_children_no_locks()
     return descriptor
 
 
 def unlock(lock: int) -> None:
     """Let other processes train in a folder again."""
-    LOCKS.discard(lock)
+    LOCKS.pop(lock, None)
     os.close(lock)
 
 
@@ -177,7 +177,10 @@ def _give_children_no_locks() -> None:
     """Else a process that an environment forks would keep them beyond its parent's end."""
 
     def close_all() -> None:
-        while LOCKS:
-            os.close(LOCKS.pop())
+        for lock, locked in LOCKS.items():
+            with contextlib.suppress(OSError):  # it may be closed, or another file's by now
+                if os.path.samestat(os.fstat(lock), locked):
+                    os.close(lock)
+        LOCKS.clear()
 
     os.register_at_fork(after_in_child=close_all)
