@@ -68,11 +68,11 @@ def test_imports_point_from_the_scripts_to_the_codecs():
 
 
 def test_the_top_level_is_what_the_reader_came_for():
-    if not (ROOT / ".git").exists():
-        pytest.skip("this copy is no git repository, so what belongs to it is not known")
     listed = ["git", "-C", ROOT, "ls-files"]
-    done = subprocess.run(listed, capture_output=True, text=True, check=True)
-    assert {line.split("/")[0] for line in done.stdout.splitlines()} == TOP
+    done = subprocess.run(listed, capture_output=True, text=True, check=False)
+    tracked = {line.split("/")[0] for line in done.stdout.splitlines()}
+    present = {path.name for path in ROOT.iterdir()}
+    assert (tracked or TOP) == TOP <= present  # of a copy without git only that all is there
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
