@@ -331,7 +331,7 @@ class Args:
     json: bool = False
     """Print everything as one JSON object, in bytes."""
     plot: Path | None = None
-    """Draw the paper's Fig. 2, always of its own four tasks, into this file, e.g. fig2.png."""
+    """Draw the paper's Fig. 2, always of its own tasks: fig2.png, for example, and fig2.pdf."""
 
 
 STORED = ("quant_m", "storage", "pack", "control_hz", "measure")
@@ -438,7 +438,7 @@ def main(args: Args) -> None:
         return
     tables.show(page(report))
     if args.plot:
-        print(f"\nFig. 2 is in {args.plot}")
+        print(f"\nFig. 2 is in {args.plot.with_suffix('.png')} and, as PDF, beside it")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,27 @@
 #!/usr/bin/env bash
-# The lab notebook: set up, train, test, reproduce. Needs Python 3.11 or newer, nothing else.
+# The lab notebook: set up, train, test, every figure. Needs Python 3.11 or newer, nothing else.
 #
 #   ./run.sh                                   the main job: SAC on Humanoid-v3, m = 2
 #   ./run.sh ppo.py --env Ant-v3 --quant-m 1   any other command line
 #   ./run.sh test                              lint and every test
-#   ./run.sh reproduce                         every run, figure and table in experiments/results
+#   ./run.sh play runs/NAME --video walk.mp4   what a run has learned
+#   ./run.sh compare runs/A runs/B             curves, and a table of differences
+#
+#   ./run.sh fig2 | fig3 | fig4 | table1 | ablate-m | ablate-storage
+#                                              trains what is not finished yet, then draws
+#   ./run.sh fig4 --list                       what it would train, one command per line
+#   SEEDS="1 2" STEPS=300000 TASKS=Ant-v3 ALGOS=ppo JOBS=2 ./run.sh fig4         a part of it
+#   sbatch --array=0-159 run.sh fig4           on a cluster: docs/cluster.md
+#   ./run.sh reproduce                         all of experiments/results, in days
+#SBATCH --requeue --open-mode=append
 set -euo pipefail
 script=$(readlink -f -- "${BASH_SOURCE[0]}") # not the symbolic link that may lead here
+if [[ $script == */slurm_script ]]; then         # sbatch runs a copy: ask for the original's path
+    cd -- "$SLURM_SUBMIT_DIR"
+    line=$(squeue --noheader --job "$SLURM_JOB_ID" --format %o) # it and its arguments
+    line=${line%%$'\n'*}                                        # the same for all of an array
+    script=$(readlink -f -- "${line%" $*"}")
+fi
 cd -- "${script%/*}"
 
 # setup VENV REQUIREMENTS: install REQUIREMENTS into VENV; returns at once when that was done before.
@@ -36,58 +51,127 @@ setup() {
     trap - EXIT
 }
 
-# One line per run behind experiments/results: SAC 100k steps, PPO 300k steps.
-learning_runs() {
-    local env seed
-    for env in HalfCheetah-v3 Walker2d-v3; do
-        for seed in 1 2; do
-            echo "sac.py --env $env --seed $seed --total-timesteps 100000"
-            echo "sac.py --env $env --seed $seed --total-timesteps 100000 --quant-m 2"
-        done
-    done
-    echo "sac.py --env Humanoid-v3 --seed 1 --total-timesteps 100000 --quant-m 2"
-    for env in HalfCheetah-v3 Walker2d-v3 Ant-v3 Humanoid-v3; do
-        for seed in 1 2 3; do
-            echo "ppo.py --env $env --seed $seed --total-timesteps 300000"
-            echo "ppo.py --env $env --seed $seed --total-timesteps 300000 --quant-m 1"
+# --- The figures: each list prints command lines, one per line, ready to paste --------------------
+
+# train ALGO TASK SEED FLAGS: one run. All are in one folder: what two figures show is trained once.
+train() {
+    local steps=500000
+    [ "$1" = sac ] || steps=1000000
+    steps=${STEPS:-$steps}
+    echo "./run.sh $1.py --env $2 --seed $3 --total-timesteps $steps" \
+        "--checkpoint-every $(((steps + 9) / 10)) --run-dir runs/paper${4:+ $4}"
+}
+
+# each DEFAULT_SEEDS FLAGS...: every algorithm on every task with each of the FLAGS, seed by seed.
+# FLAGS "m=paper" are what the paper takes: m = 1 for PPO, m = 2 for SAC.
+each() {
+    local seeds=${SEEDS:-$1} seed task algo flags
+    shift
+    for seed in $seeds; do
+        for task in ${TASKS:-$paper_tasks}; do
+            for algo in ${ALGOS:-ppo sac}; do
+                for flags in "$@"; do
+                    case "$algo $flags" in
+                    "ppo m=paper") flags="--quant-m 1" ;;
+                    "sac m=paper") flags="--quant-m 2" ;;
+                    esac
+                    train "$algo" "$task" "$seed" "$flags"
+                done
+            done
         done
     done
 }
 
-# The Stable-Baselines3 runs that they are held against.
-reference_runs() {
-    local env seed sb3="experiments/peers.py --lib sb3"
-    for env in HalfCheetah-v3 Walker2d-v3; do
-        for seed in 1 2; do
-            echo "$sb3 --algo sac --env $env --seed $seed --total-timesteps 100000"
-        done
-        for seed in 1 2 3; do
-            echo "$sb3 --algo ppo --env $env --seed $seed --total-timesteps 300000"
+paper_tasks="HalfCheetah-v3 Walker2d-v3 Ant-v3 Humanoid-v3"
+
+fig2() { echo "./run.sh memory.py --plot $OUT/fig2.png"; }
+
+# 3 GB; 750 MB, rounded and not; 300 MB, rounded and not.
+fig3() {
+    local seed flags
+    for seed in ${SEEDS:-1 2 3}; do
+        for flags in "" "--quant-m 2" "--buffer-size 250000" "--buffer-size 400000 --quant-m 2" \
+            "--buffer-size 100000"; do
+            train sac Humanoid-v3 "$seed" "$flags"
         done
     done
-    echo "$sb3 --algo sac --env Humanoid-v3 --seed 1 --total-timesteps 100000"
 }
 
-# Storages side by side: SAC 100k steps, whose float64 and m = 2 are learning_runs, and PPO 200k.
-ablation_runs() {
-    local env seed storage
-    for env in HalfCheetah-v3 Walker2d-v3; do
-        for seed in 1 2; do
-            for storage in "--quant-m 0" "--quant-m 1" "--storage float16"; do
-                echo "sac.py --env $env --seed $seed --total-timesteps 100000 $storage"
-            done
-        done
-        for seed in 1 2 3; do
-            for storage in "" " --quant-m 0" " --quant-m 1" " --quant-m 2"; do
-                echo "ppo.py --env $env --seed $seed --total-timesteps 200000$storage"
-            done
+fig4() { each "1 2 3 4 5 6 7 8 9 10" "" m=paper; }
+
+# Stable-Baselines3, which fig4 draws where it has been trained.
+sb3() {
+    local peers="experiments/peers.py --lib sb3 --algo"
+    each "1 2 3" "" | sed -E "s|(ppo\|sac)\.py|$peers \1|; s| --checkpoint-every [0-9]+||"
+}
+
+ablate-m() { each "1 2" "" "--quant-m 0" "--quant-m 1" "--quant-m 2"; }
+
+ablate-storage() {
+    each "1 2" "" m=paper "--storage float32" "--storage float16" "--storage bfloat16" \
+        "--storage float8_e4m3fn"
+}
+
+# Eight cells. In each, float64 and rounded take turns: a machine that drifts slows both.
+table1() {
+    local task algo
+    for algo in ${ALGOS:-ppo sac}; do
+        for task in ${TASKS:-$paper_tasks}; do
+            echo "./run.sh experiments/speed.py --cells $algo-64-$task --variants float64 rounded" \
+                "--rounds ${ROUNDS:-5} --resume --out $OUT/$algo-$task.csv"
         done
     done
-    for seed in 1 2; do # where equal s_q are most frequent
-        for storage in "" " --quant-m 1" " --quant-m 2"; do
-            echo "sac.py --env Ant-v3 --seed $seed --total-timesteps 100000$storage"
-        done
+}
+
+# refuse_variables: one line about a variable that makes no sense.
+refuse_variables() {
+    local name words
+    for name in SEEDS STEPS JOBS ROUNDS; do
+        words=${!name-}
+        [[ $words =~ ^([0-9]+ *)*$ ]] || { echo "run.sh: $name=\"$words\" is no number" >&2; exit 2; }
     done
+    for name in ${ALGOS-}; do
+        [[ $name =~ ^(ppo|sac)$ ]] || { echo "run.sh: ALGOS: $name is neither ppo nor sac" >&2; exit 2; }
+    done
+}
+
+# make FIGURE [--list]: train, or only list, what FIGURE shows; then draw it into OUT.
+make() {
+    local lines count code=0
+    OUT=${OUT:-runs/$1}
+    refuse_variables
+    lines=$("$1")
+    if [ "${2-}" = --list ]; then
+        echo "$lines"
+        return
+    elif [ $# -gt 1 ]; then
+        echo "run.sh: $1 takes --list or nothing, not $2" >&2
+        exit 2
+    fi
+    setup .venv requirements.txt
+    [ "$1" != sb3 ] || setup .venv-bench experiments/requirements.txt
+    if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then # just one line: the array's tasks count from 0
+        count=$(wc -l <<<"$lines")
+        if [ "$SLURM_ARRAY_TASK_ID" -ge "$count" ]; then
+            echo "run.sh: $1 has $count lines, so use --array=0-$((count - 1))" >&2
+            exit 2
+        fi
+        lines=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$lines")
+        exec .venv/bin/python experiments/jobs.py --exec <<<"$lines"
+    fi
+    mkdir -p "$OUT"
+    [ "$1" != table1 ] || JOBS=1 # what is timed has the machine for itself
+    .venv/bin/python experiments/jobs.py ${JOBS:+--jobs "$JOBS"} <<<"$lines" || code=$?
+    [ "$code" -le 1 ] || exit "$code" # stopped
+    case $1 in
+    fig3 | ablate-*) .venv/bin/python experiments/figures.py "$1" --out "$OUT" <<<"$lines" ;;
+    fig4) { echo "$lines"; sb3; } | .venv/bin/python experiments/figures.py fig4 --out "$OUT" ;;
+    table1)
+        awk 'FNR > 1 || NR == 1' "$OUT"/*-*.csv >"$OUT/table1.csv" # one head for all cells
+        .venv/bin/python experiments/speed.py --draw --out "$OUT/table1.csv"
+        ;;
+    esac
+    return "$code"
 }
 
 case "${1-}" in
@@ -97,29 +181,29 @@ test)
     .venv/bin/ruff format --check .
     .venv/bin/python -m pytest "${@:2}"
     ;;
-reproduce)
-    for folder in runs/learning runs/ablation runs/states; do
-        [ ! -e $folder ] || { echo "run.sh: $folder exists; move it away first" >&2; exit 2; }
-    done
+fig2 | fig3 | fig4 | sb3 | table1 | ablate-m | ablate-storage)
+    make "$@"
+    ;;
+compare)
     setup .venv requirements.txt
-    setup .venv-bench experiments/requirements.txt
-    export OMP_NUM_THREADS=1 # two runs side by side
-    learning_runs | xargs -P 2 -I{} sh -c '.venv/bin/python {} --run-dir runs/learning'
-    reference_runs | xargs -P 2 -I{} sh -c '.venv-bench/bin/python {} --run-dir runs/learning'
-    ablation_runs | xargs -P 2 -I{} sh -c '.venv/bin/python {} --run-dir runs/ablation'
-    .venv/bin/python experiments/ablation.py states --out runs/states
-    .venv/bin/python experiments/ablation.py errors --states runs/states
-    .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 --rounds 3 --steps 1000
-    .venv/bin/python experiments/plot.py collect runs/ablation --out experiments/results/ablation
-    .venv/bin/python experiments/budget.py
-    .venv/bin/python experiments/checkpoint.py
-    .venv/bin/python experiments/soak.py
+    exec .venv/bin/python experiments/compare.py "${@:2}"
+    ;;
+reproduce)
+    results=experiments/results
+    for each in fig2 fig3 fig4 sb3 ablate-m ablate-storage table1; do
+        OUT=$results/$each "./run.sh" "$each"
+    done
+    OUT=$results/fig4 ./run.sh fig4 # once more, with Stable-Baselines3
+    export OMP_NUM_THREADS=1
+    .venv/bin/python experiments/ablation.py states ${STEPS:+--steps "$STEPS"}
+    .venv/bin/python experiments/ablation.py errors --out $results/ablation
+    .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 --rounds 3 --steps 1000 --out $results/ablation
+    .venv/bin/python experiments/budget.py --out $results/budget.csv
+    .venv/bin/python experiments/checkpoint.py --out $results/checkpoint.csv
+    .venv/bin/python experiments/soak.py --out $results/soak.csv
     unset OMP_NUM_THREADS
-    .venv/bin/python experiments/plot.py collect runs/learning --out experiments/results
-    .venv/bin/python experiments/plot.py draw --results experiments/results
-    .venv/bin/python memory.py --plot experiments/results/memory.png
-    .venv/bin/python experiments/speed.py --cores 2 --rounds 2
-    .venv/bin/python experiments/scaling.py --rounds 2
+    .venv/bin/python experiments/speed.py --cores 2 --rounds "${ROUNDS:-5}" --out $results/speed.csv
+    .venv/bin/python experiments/scaling.py --rounds 2 --out $results/scaling.csv
     ;;
 experiments/peers.py)
     setup .venv-bench experiments/requirements.txt

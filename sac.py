@@ -81,6 +81,8 @@ class Args:
     """folder that holds the folders of the runs"""
     run_name: str | None = None
     """folder of this run; None derives it from env, seed and what differs from the defaults"""
+    tag: str | None = None
+    """a word of your own in the run's name, to tell what you changed in the code"""
     checkpoint_every: int = 0
     """steps from one checkpoint to the next; with 0 there is one only when the run is stopped"""
     resume: bool = False

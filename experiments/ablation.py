@@ -1,4 +1,4 @@
-"""Storages side by side: bytes, rounding error, collisions, ms/step, and returns.
+"""Storages side by side: bytes, rounding error, collisions and ms/step.
 
     python experiments/ablation.py states    # trains one float64 SAC on each of the paper's tasks
     python experiments/ablation.py errors    # of the states in runs/states
@@ -6,9 +6,8 @@
     python experiments/ablation.py table     # Markdown, from the committed CSV files alone
 
 Two states collide if they share s_q, which is all that the networks learn from. To collisions the
-paper ascribes that SAC fails at m = 1: tuples (s_q, a) that repeat with another reward. The returns
-come from `plot.py collect runs/ablation --out experiments/results/ablation` and, where they are of
-the same algorithm, task and steps, from experiments/results as well.
+paper ascribes that SAC fails at m = 1: tuples (s_q, a) that repeat with another reward. Returns are
+what `./run.sh ablate-m` and `./run.sh ablate-storage` are for.
 """
 
 import argparse
@@ -28,14 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sac
 from buffers import ReplayBuffer
-from plot import RUNS, RUNS_NUMBERS, Parser, cell, optional, read_csv
+from curves import Parser, optional, read_csv
 from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed
 from speed import PPO_ROLLOUT, child, ratio
 from support import envs
 from support.networks import Actor
 
-STATES, RESULTS = Path("runs/states"), Path("experiments/results")
-# plot.py's method: codec, flags of sac.py
+STATES, OUT = Path("runs/states"), Path("runs/ablation")
+# codec, flags of sac.py
 STORAGES = {name: (Float(dtype), ["--storage", name]) for name, dtype in STORAGE_DTYPES.items()}
 STORAGES |= {f"m={m}": (FixedPoint(m), ["--quant-m", str(m)]) for m in range(4)}
 STORAGES |= {f"m={m} packed": (Packed(m), ["--quant-m", str(m), "--pack"]) for m in range(4)}
@@ -67,9 +66,8 @@ Collisions: of the states that this SAC stored in training. colliding: share who
 than once; of them first: first in an episode; within 2,048: share whose s_q occurs more than once
 in the same 2,048 transitions, as many as PPO's rollout holds; with action: together with the same
 action. Spread: standard deviation within equal s_q over that of all stored transitions, so what
-equal s_q hide on the scale of the whole data, 0 if nothing; of the raw s, reward r and raw next s'.
-Returns: training return over the last tenth of the steps, mean ± sample standard deviation over
-seeds (each seed)."""
+equal s_q hide on the scale of the whole data, 0 if nothing; of the raw s, reward r and raw next
+s'."""
 
 
 # --- States --------------------------------------------------------------------------------------
@@ -235,7 +233,7 @@ def write(path: Path, columns: list[str], rows: list[dict]) -> None:
 
 
 def errors(args: argparse.Namespace) -> None:
-    """Write OUT/ablation/errors.csv: one row per task and storage."""
+    """Write OUT/errors.csv: one row per task and storage."""
     paths, rows = sorted(args.states.glob("*.npz")), []
     if not paths:
         raise ValueError(f"no .npz file in {args.states}; `states` makes them")
@@ -246,7 +244,7 @@ def errors(args: argparse.Namespace) -> None:
             row |= rounding(codec, arrays["visited"]) | collisions(codec, arrays)
             rows.append(row)
             print(f"{path.stem}, {name}: RMS {row['rms']:.2g}, colliding {row['colliding']:.2%}")
-    write(args.out / "ablation/errors.csv", ERRORS, rows)
+    write(args.out / "errors.csv", ERRORS, rows)
 
 
 # --- Speed ---------------------------------------------------------------------------------------
@@ -262,7 +260,7 @@ def train(env_id: str, steps: int, flags: list[str], cores: int) -> dict:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Write OUT/ablation/speed.csv, after each round: one row per run of SAC.
+    """Write OUT/speed.csv, after each round: one row per run of SAC.
 
     As in speed.py, the order moves on by one from round to round.
     """
@@ -275,7 +273,7 @@ def speed(args: argparse.Namespace) -> None:
                 row = {"round": number, "task": env_id, "storage": name}
                 rows.append(result | row | {"torch": result["versions"]["torch"]})
                 print(f"round {number}, {env_id}, {name}: {result['ms_per_step']:.3f} ms/step")
-        write(args.out / "ablation/speed.csv", SPEED, rows)
+        write(args.out / "speed.csv", SPEED, rows)
 
 
 # --- Table ---------------------------------------------------------------------------------------
@@ -312,35 +310,15 @@ def measured(rows: list[dict[str, str]], timings: list[dict[str, str]]) -> dict:
     return tables
 
 
-def returns(runs: list[dict[str, str]], others: list[dict[str, str]]) -> dict:
-    """{algorithm, task and steps: {storage: cell}} of runs, and of others that belong there."""
-    groups = defaultdict(lambda: defaultdict(dict))  # line: storage: seed: return
-    wanted = {(run["algo"], run["env"], run["steps"]) for run in runs}
-    for run in others + runs:
-        algo, env, steps = key = run["algo"], run["env"], run["steps"]
-        if key in wanted and run["return_last_tenth"]:
-            line = groups[f"{algo.upper()}, {env}, {int(steps):,} steps"]
-            line[run["method"]][int(run["seed"])] = float(run["return_last_tenth"])
-    names = [name for name in STORAGES if any(name in line for line in groups.values())]
-    return {
-        title: {name: cell([*line[name].values()]) for name in names}
-        for title, line in sorted(groups.items(), reverse=True)
-    }
-
-
 def table(args: argparse.Namespace) -> None:
-    """Print, from the CSV files alone, a Markdown table per task, and one of the returns."""
-    folder = args.results / "ablation"
-    errors_rows = read(folder / "errors.csv", ERRORS, dict.fromkeys(SHOWN, optional))
-    tables = measured(errors_rows, read(folder / "speed.csv", SPEED, {"ms_per_step": float}))
-    both = (folder / "runs.csv", args.results / "runs.csv")
-    lines = returns(*(read(path, RUNS, RUNS_NUMBERS) for path in both))
-    if not tables and not lines:
-        raise ValueError(f"no CSV file in {folder}")
+    """Print, from the CSV files alone, a Markdown table per task."""
+    errors_rows = read(args.results / "errors.csv", ERRORS, dict.fromkeys(SHOWN, optional))
+    timings = read(args.results / "speed.csv", SPEED, {"ms_per_step": float})
+    tables = measured(errors_rows, timings)
+    if not tables:
+        raise ValueError(f"no CSV file in {args.results}")
     for task, storages in tables.items():
         markdown(task, storages)
-    if lines:
-        markdown("returns", lines)
     print(LEGEND)
 
 
@@ -360,8 +338,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     for run, out, numbers in (
         (states, STATES, {"steps": 100_000, "visits": 20_000, "seed": 1}),
-        (speed, RESULTS, {"rounds": 4, "steps": 1500, "cores": 1}),
-        (errors, RESULTS, {}),
+        (speed, OUT, {"rounds": 4, "steps": 1500, "cores": 1}),
+        (errors, OUT, {}),
         (table, None, {}),
     ):
         command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
@@ -373,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         if out:
             command.add_argument("--out", type=Path, default=out)
     commands.choices["errors"].add_argument("--states", type=Path, default=STATES)
-    commands.choices["table"].add_argument("--results", type=Path, default=RESULTS)
+    commands.choices["table"].add_argument("--results", type=Path, default=OUT)
     args = parser.parse_args(argv)
     try:
         args.run(args)

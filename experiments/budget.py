@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", default="1.2GB", help="on each whole process")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the buffer")
     parser.add_argument("--steps", type=int, default=3000, help="to train for")
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/budget.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/budget.csv")
     args = parser.parse_args(argv)
     rows = [COLUMNS]
     try:

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure every storage, print a line for each and write --out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the buffer")
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/checkpoint.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/checkpoint.csv")
     args, lines = parser.parse_args(argv), []
     about = runs.provenance()
     versions = " ".join(f"{name} {version}" for name, version in about["versions"].items())

@@ -8,6 +8,7 @@ all of this; a ledger is a dict of row name -> bytes.
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from buffers import rows_per_env
 from quantize import Codec, FixedPoint, Packed, bits
@@ -246,38 +247,41 @@ def plot(cells: list[dict], path: Path) -> None:
 
     Args:
         cells: from `fig2`.
-        path: where to; its ending says which format.
+        path: where to, ending in .png or .pdf; both are written.
 
     Raises:
-        ValueError: an ending that matplotlib cannot write, or a folder that does not exist.
+        ValueError: another ending, or a folder that does not exist.
     """
-    from matplotlib.figure import Figure  # only here; without pyplot it needs no display
+    from matplotlib.figure import Figure  # only here: it takes time to load
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    endings = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in endings:
-        raise ValueError(f"--plot {path}: the ending must be one of {', '.join(sorted(endings))}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
-    for ax, algo in zip(figure.subplots(1, 2), STEPS, strict=True):
-        shown = [cell for cell in cells if cell["algo"] == algo]
-        positions = [3 * i + j for i in range(len(shown)) for j in range(2)]
-        ledgers = [cell[key] for cell in shown for key in "BQ"]
-        model = [ledger["networks"] / 1e6 for ledger in ledgers]
-        buffer = [(sum(ledger.values()) - ledger["networks"]) / 1e6 for ledger in ledgers]
-        ax.bar(positions, model, 0.9, color="black", label="model")
-        drawn = ax.bar(positions, buffer, 0.9, bottom=model, color="tab:blue", label="buffer")
-        ratios = [text for cell in shown for text in ("", f"{cell['ratio']:.1f}x")]
-        ax.bar_label(drawn, ratios, padding=2)
-        ax.set_xticks(positions, ["B", "Q"] * len(shown))
-        tasks = [cell["task"].removesuffix("-v3") for cell in shown]
-        names = ax.secondary_xaxis(-0.06)
-        names.set_xticks([3 * i + 0.5 for i in range(len(shown))], tasks)
-        for axis in (ax, names):
-            axis.tick_params(axis="x", length=0)
-        names.spines["bottom"].set_visible(False)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set(title=f"{algo.upper()}, m={shown[0]['m']}", ylabel="memory, MB")
-        ax.yaxis.set_major_formatter("{x:,.0f}")
-        ax.legend(frameon=False, loc="upper left")
-    figure.savefig(path, dpi=150)
+    from support import drawing
+
+    drawing.check_path(path, "--plot")
+    with drawing.style():
+        figure = Figure(figsize=(drawing.PAGE, 2.6))
+        for axes, algo in zip(figure.subplots(1, 2), STEPS, strict=True):
+            draw_panel(axes, [cell for cell in cells if cell["algo"] == algo], drawing.BLUE)
+        drawing.save(figure, path)
+
+
+def draw_panel(axes: Any, cells: list[dict], color: str) -> None:
+    """Fig. 2's bars of one algorithm, into matplotlib's axes."""
+    positions = [3 * i + j for i in range(len(cells)) for j in range(2)]
+    ledgers = [cell[key] for cell in cells for key in "BQ"]
+    model = [ledger["networks"] / 1e6 for ledger in ledgers]
+    buffer = [(sum(ledger.values()) - ledger["networks"]) / 1e6 for ledger in ledgers]
+    axes.bar(positions, model, 0.9, color="black", label="model")
+    drawn = axes.bar(positions, buffer, 0.9, bottom=model, color=color, label="buffer")
+    ratios = [text for cell in cells for text in ("", f"{cell['ratio']:.1f}x")]
+    axes.bar_label(drawn, ratios, padding=2)
+    axes.set_xticks(positions, ["B", "Q"] * len(cells))
+    names = axes.secondary_xaxis(-0.09)
+    tasks = [cell["task"].removesuffix("-v3") for cell in cells]
+    names.set_xticks([3 * i + 0.5 for i in range(len(cells))], tasks)
+    names.spines["bottom"].set_visible(False)
+    for axis in (axes, names):
+        axis.tick_params(axis="x", length=0)
+    axes.set_title(f"{cells[0]['algo'].upper()}, m={cells[0]['m']}")
+    axes.set_ylabel("memory, MB")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(loc="upper left")

@@ -4,13 +4,14 @@
 
 Runs in a virtual environment of its own, .venv-bench, which run.sh makes. Both libraries' defaults
 are the paper's Table II, as ours are; given are only the networks, two hidden layers of --hidden
-each. Writes `charts/episodic_return` as our scripts do, so that `plot.py` reads both the same way,
-and `charts/SPS` where they do, for `speed.py`. What still differs from ours: both take statistics
-of every minibatch, ours of the last one; SBX's PPO clips the gradients of policy and value function
-apart and starts from other weights.
+each. Logs `charts/episodic_return` and `charts/SPS` where our scripts do, and leaves a result.json,
+so that compare.py, figures.py and speed.py read both the same way. What still differs from ours:
+both take statistics of every minibatch, ours of the last one; SBX's PPO clips the gradients of
+policy and value function apart and starts from other weights.
 """
 
 import argparse
+import json
 import sys
 import time
 from importlib import import_module
@@ -27,7 +28,8 @@ except ModuleNotFoundError as error:
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support import envs
+from support import envs, folders
+from support.checkpoints import replacing
 
 LIBRARIES = {  # --lib: module, packages whose versions are printed
     "sb3": ("stable_baselines3", ("stable-baselines3", "torch")),
@@ -70,8 +72,13 @@ def main(args: argparse.Namespace) -> None:
     env = Monitor(envs.make(args.env))
     name = f"{args.env}__{args.lib}-{args.algo}__seed{args.seed}"
     folder = Path(args.run_dir) / name
-    folder.mkdir(parents=True)  # never two runs in one folder
+    folder.mkdir(parents=True, exist_ok=True)
+    folders.lock(folder)
+    if [*folder.glob("events.*")]:  # never two runs in one folder
+        raise SystemExit(f"peers.py: error: {folder} exists; choose another --run-dir")
     writer = SummaryWriter(str(folder))
+    settings = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{settings}")
     module, packages = LIBRARIES[args.lib]
     options = {"seed": args.seed, "policy_kwargs": {"net_arch": [args.hidden, args.hidden]}}
     if (args.lib, args.algo) == ("sb3", "ppo"):
@@ -82,8 +89,12 @@ def main(args: argparse.Namespace) -> None:
     model.learn(args.total_timesteps, callback=Log(writer, args.algo))
     writer.close()
     ms = (time.perf_counter() - start) / args.total_timesteps * 1000
+    versions = {package: version(package) for package in packages}
+    result = {"global_step": model.num_timesteps, "ms_per_step": ms, "versions": versions}
+    with replacing(folder / "result.json") as file:
+        file.write(json.dumps(result | {"args": vars(args)}, indent=2).encode() + b"\n")
     print(f"{name}: {args.total_timesteps:,} steps, {ms:.4f} ms/step")
-    print(", ".join(f"{package} {version(package)}" for package in packages))
+    print(", ".join(f"{package} {number}" for package, number in versions.items()))
 
 
 if __name__ == "__main__":

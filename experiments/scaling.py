@@ -1,6 +1,6 @@
 """What time and bytes do as the replay buffer, the observation and the number of envs grow.
 
-    python experiments/scaling.py           # minutes: tables, results/scaling.csv and scaling.png
+    python experiments/scaling.py           # minutes: tables, runs/scaling.csv and scaling.png
     python experiments/scaling.py --draw    # tables and chart again, from scaling.csv alone
 
 The time of `ReplayBuffer.sample(256)` is the median of many calls on a buffer in which every row
@@ -22,12 +22,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from plot import read_csv
+from curves import read_csv
 from speed import DECIMALS, PPO_ROLLOUT, ROOT, Parser, cpu, markdown, train, write_csv
 
 sys.path.insert(0, str(ROOT))
 from buffers import ReplayBuffer
 from quantize import FixedPoint, Float, Packed
+from support import drawing
 from support.machine import free_memory
 
 STORAGES = {"float64": Float(), "int16, m=2": FixedPoint(2), "packed, m=2": Packed(2)}
@@ -40,8 +41,8 @@ PANELS = {  # panel: what grows, its values
 }
 LOOPS = {f"{algo.upper()}, m={m}": algo for algo, m in DECIMALS.items()}
 COLUMNS = ["round", "panel", "x", "series", "unit", "time", "bytes", "cores", "torch", "cpu"]
-COLORS = {"float64": "black", "int16, m=2": "#1667c4", "packed, m=2": "#7fb0e6"}
-COLORS |= {"SAC, m=2": "#1667c4", "PPO, m=1": "#e07b00"}
+COLORS = {"float64": drawing.BLACK, "int16, m=2": drawing.BLUE, "packed, m=2": drawing.LIGHT_BLUE}
+COLORS |= {"SAC, m=2": drawing.BLUE, "PPO, m=1": drawing.ORANGE}
 BLOCK = 1000  # different rows, again and again: what they hold does not change the time
 
 
@@ -158,13 +159,13 @@ def draw_panel(axes: Axes, panel: str, lines: dict[str, dict[int, tuple[float, i
     right = None if panel == "envs" else axes.twinx()
     for series, line in lines.items():
         xs, style = sorted(line), {"color": COLORS[series]}
-        axes.plot(xs, [line[x][0] for x in xs], "o-", label=series, **style)
+        axes.plot(xs, [line[x][0] for x in xs], "o-", label=series, markersize=3, **style)
         if right:
             right.plot(xs, [line[x][1] for x in xs], ":", lw=1.2, **style)
     axes.set_xscale("log")
     axes.set_xticks(values, [f"{x:,}" if x < 10**4 else f"$10^{len(str(x)) - 1}$" for x in values])
     axes.minorticks_off()
-    axes.set_xlabel(title, fontsize=11)
+    axes.set_xlabel(title)
     axes.set_ylabel("ms per transition" if panel == "envs" else f"us per sample({BATCH})")
     if panel == "columns":
         axes.set_yscale("log")
@@ -174,20 +175,21 @@ def draw_panel(axes: Axes, panel: str, lines: dict[str, dict[int, tuple[float, i
         right.set_yscale("log")
         right.set_ylabel("bytes of the buffer, dotted")
     corner = {"rows": "lower right", "columns": "upper left", "envs": "center right"}[panel]
-    axes.legend(frameon=False, loc=corner)
+    axes.legend(loc=corner, fontsize=7)
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """The panels that were measured, side by side."""
     found, last = collect(rows), rows[-1]
-    figure = Figure(figsize=(14, 4), dpi=120, layout="constrained")
-    for axes, (panel, lines) in zip(
-        figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True
-    ):
-        draw_panel(axes, panel, lines)
     rounds = len({row["round"] for row in rows})
-    figure.suptitle(f"{last['cpu']}, {last['cores']} core(s), median of {rounds} rounds")
-    figure.savefig(path)
+    with drawing.style():
+        figure = Figure(figsize=(drawing.PAGE, 2.5))
+        grid = figure.subplots(1, len(found), squeeze=False)[0]
+        for axes, (panel, lines) in zip(grid, found.items(), strict=True):
+            draw_panel(axes, panel, lines)
+        machine = f"{last['cpu']}, {last['cores']} core(s), median of {rounds} rounds"
+        figure.suptitle(machine, fontsize=8)
+        drawing.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--panels", nargs="+", choices=PANELS, default=[*PANELS], metavar="PANEL")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/scaling.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/scaling.csv")
     parser.add_argument("--draw", action="store_true", help="measure nothing, read --out")
     args = parser.parse_args(argv)
     most = len(os.sched_getaffinity(0))

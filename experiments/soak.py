@@ -1,6 +1,6 @@
 """Two million steps of SAC on a cheap task: do memory, speed and open files stay where they are?
 
-    python experiments/soak.py           # half an hour: table, results/soak.csv and soak.png
+    python experiments/soak.py           # half an hour: table, runs/soak.csv and soak.png
     python experiments/soak.py --draw    # table and chart again, from soak.csv alone
 
 This process runs `sac.main` with a buffer of 10,000 rows, which wraps 200 times, and 20 checkpoints
@@ -27,11 +27,12 @@ import torch
 from matplotlib.figure import Figure
 
 from checkpoint import anonymous
-from plot import read_csv
+from curves import read_csv
 from speed import ROOT, Parser, cpu, markdown
 
 sys.path.insert(0, str(ROOT))
 import sac
+from support import drawing
 from support.machine import resident
 
 SETTINGS = {"quant_m": 2, "buffer_size": 10_000, "batch_size": 32, "hidden": 32}
@@ -184,32 +185,33 @@ def report(data: dict[str, np.ndarray]) -> None:
 def draw(data: dict[str, np.ndarray], path: Path) -> None:
     """Memory, speed and file handles over the steps, side by side; warm-up is shaded."""
     step, wall, cpu_time, pieces_time, pieces, whole, anonymous, handles = data.values()
-    figure = Figure(figsize=(12, 3.3), dpi=120, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for size, label, color in ((whole, "whole", "#1667c4"), (anonymous, "anonymous", "#7fb0e6")):
-        after = size[step >= step[-1] / 10][0] / 1e6
-        left.plot(step, size / 1e6 - after, color=color, label=f"{label}, {after:.0f} MB")
-    left.axhline(MOST_GROWTH / 1e6, color="black", ls=":", lw=1, label="limit")
-    left.set_title("resident memory, MB since warm-up", fontsize=12)
-    middle.plot(step[1:], np.diff(step) / np.diff(wall), color="0.75", label="wall clock")
-    middle.plot(step[1:], np.diff(step) / np.diff(cpu_time), color="#1667c4", label="CPU time")
-    piece = np.diff(pieces_time) / np.diff(pieces)
-    even = np.diff(step) / np.diff(cpu_time) * piece / np.median(piece)
-    middle.plot(step[1:], even, color="#d1495b", label="CPU time, by fixed work")
-    middle.set_title("steps per second of", fontsize=12)
-    right.plot(step, handles, color="#1667c4")
-    right.set_title("file handles", fontsize=12)
-    for axes in (left, middle, right):
-        axes.axvspan(0, step[-1] / 10, color="0.94", lw=0)
-        axes.set_xlim(0, step[-1])
-        axes.set_ylim(bottom=None if axes is left else 0, top=1.25 * axes.dataLim.y1)
-        axes.set_xlabel("environment steps (shaded: warm-up)", fontsize=11)
-        axes.locator_params(axis="x", nbins=4)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k" if x else "0")
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes is not right:
-            axes.legend(frameon=False, loc="center right" if axes is left else "lower right")
-    figure.savefig(path)
+    sizes = (whole, "whole", drawing.BLUE), (anonymous, "anonymous", drawing.LIGHT_BLUE)
+    steps, work = np.diff(step), np.diff(pieces_time) / np.diff(pieces)
+    with drawing.style():
+        figure = Figure(figsize=(drawing.PAGE, 2.2))
+        left, middle, right = figure.subplots(1, 3)
+        for size, label, color in sizes:
+            after = size[step >= step[-1] / 10][0] / 1e6
+            left.plot(step, size / 1e6 - after, color=color, label=f"{label}, {after:.0f} MB")
+        left.axhline(MOST_GROWTH / 1e6, color="black", ls=":", lw=1, label="limit")
+        left.set_title("memory, MB since warm-up")
+        middle.plot(step[1:], steps / np.diff(wall), color="0.75", label="wall clock")
+        middle.plot(step[1:], steps / np.diff(cpu_time), color=drawing.BLUE, label="CPU time")
+        even = steps / np.diff(cpu_time) * work / np.median(work)
+        middle.plot(step[1:], even, color="#d1495b", label="CPU time, by fixed work")
+        middle.set_title("steps per second of")
+        right.plot(step, handles, color=drawing.BLUE)
+        right.set_title("file handles")
+        for axes in (left, middle, right):
+            axes.axvspan(0, step[-1] / 10, color="0.94", lw=0)
+            axes.set_xlim(0, step[-1])
+            axes.set_ylim(bottom=None if axes is left else 0, top=1.25 * axes.dataLim.y1)
+            axes.set_xlabel("steps (shaded: warm-up)")
+            axes.locator_params(axis="x", nbins=4)
+            drawing.thousands(axes)
+        left.legend(loc="center right", fontsize=7)
+        middle.legend(loc="lower right", fontsize=7)
+        drawing.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="soak.py", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2_000_000)
     parser.add_argument("--every", type=int, default=20_000, help="steps between two samples")
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/soak.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/soak.csv")
     parser.add_argument("--draw", action="store_true", help="train nothing, read --out")
     args = parser.parse_args(argv)
     if args.every < PIECE_EVERY or args.steps < 10 * args.every:

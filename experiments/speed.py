@@ -1,7 +1,7 @@
 """Milliseconds per environment step of the training loop: ours, Stable-Baselines3's and SBX's.
 
-    python experiments/speed.py           # about an hour: tables, results/speed.csv and speed.png
-    python experiments/speed.py --draw    # tables and chart again, from speed.csv alone
+    python experiments/speed.py           # about an hour: tables, runs/speed.csv and speed.png
+    python experiments/speed.py --draw --out experiments/results/speed.csv    # only from that file
     python experiments/speed.py --rounds 1 --cells ppo-64-Walker2d-v3 --out speed.csv
     python experiments/speed.py --against ../before    # and another checkout, as variant `before`
 
@@ -30,14 +30,15 @@ from statistics import median
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from plot import Parser, optional, read_csv
+from curves import Parser, optional, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support import envs
+from support import drawing, envs
 
 PPO_ROLLOUT = 2048  # steps between two updates of PPO, by default in all three
 CELLS = [  # algo-hidden-task
@@ -57,8 +58,8 @@ OTHERS = ["float64", "SB3", "faster peer", "floor"]  # what the first table divi
 COLUMNS = ["round", "cell", "hidden", "variant", "ms_per_step", "seconds_to_window", "cores"]
 COLUMNS += ["versions", "cpu", "failed"]
 PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
-COLORS = {"SB3": "#e07b00", "SBX": "#f2b766", "float64": "black", "rounded": "#1667c4"}
-COLORS |= {"before": "#d1495b", "packed": "#7fb0e6", "floor": "0.75"}
+COLORS = {"SB3": drawing.ORANGE, "SBX": "#f2b766", "float64": drawing.BLACK, "floor": "0.75"}
+COLORS |= {"rounded": drawing.BLUE, "before": "#d1495b", "packed": drawing.LIGHT_BLUE}
 # What the ratios are meant to be at most: each cell's, by its hidden units, and their median.
 GOALS = {"SB3": {"64": 0.5}, "faster peer": {"64": 1.0, "256": 1.0}}
 BEFORE_GOALS = {"cell": 1.12, "median": 1.05}
@@ -180,12 +181,11 @@ def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def run_rounds(args: argparse.Namespace) -> None:
-    """Measure, and write --out after every round."""
+def run_rounds(args: argparse.Namespace, rows: list[dict]) -> None:
+    """Measure the rounds that rows lack, and write --out after each."""
     machine = {"cores": args.cores, "cpu": cpu()}
     variants = [name for name in args.variants if name != "before" or args.against]
-    rows = []
-    for number in range(1, args.rounds + 1):
+    for number in range(1 + max((int(row["round"]) for row in rows), default=0), args.rounds + 1):
         for cell in args.cells:
             for variant in (name for name in order(cell, number) if name in variants):
                 print(f"round {number}, {cell}, {variant}: ", end="", flush=True)
@@ -342,34 +342,41 @@ def report(rows: list[dict[str, str]]) -> None:
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """A panel for each of CELLS: median ms per step of every variant, a line from min to max."""
     times, variants = read_times(rows), asked(rows)
-    figure = Figure(figsize=(12, 6.4), dpi=120, layout="constrained")
-    for axes, cell in zip(figure.subplots(2, 3).T.flat, CELLS, strict=True):
-        algo, hidden, task = cell.split("-", 2)
-        axes.set_title(f"{algo.upper()} {hidden}-{hidden}, {task}", fontsize=12)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(-0.6, len(variants) - 0.4)
-        axes.margins(y=0.1)
-        names = [f"ours\n{name}" if name in OURS else name for name in variants]
-        axes.set_xticks(range(len(variants)), names, fontsize=9)
-        axes.tick_params(axis="x", length=0)
-        for x, variant in enumerate(variants):
-            if each := [*times[cell, variant].values()]:
-                ms = median(each)
-                spread = [[ms - min(each)], [max(each) - ms]]
-                bars = axes.bar(x, ms, 0.75, color=COLORS[variant], yerr=spread, ecolor="0.5")
-                axes.bar_label(bars, [f"{ms:.2f}"], padding=2, fontsize=10)
-            else:
-                where = {"transform": axes.get_xaxis_transform(), "rotation": 90}
-                axes.text(x, 0.02, "no measurement", ha="center", color="0.5", **where)
-    for axes in figure.axes[::3]:
-        axes.set_ylabel("ms per environment step", fontsize=11)
-    last = rows[-1]
-    rounds = len({row["round"] for row in rows})
-    figure.suptitle(
-        f"{last['cpu']}, {last['cores']} core(s), median of {rounds} rounds, line from min to max",
-        fontsize=12,
-    )
-    figure.savefig(path)
+    cells = [cell for cell in dict.fromkeys([*CELLS, *TABLE_I]) if (cell, variants[0]) in times]
+    last, rounds = rows[-1], len({row["round"] for row in rows})
+    machine = f"{last['cpu']}, {last['cores']} core(s)"
+    with drawing.style():
+        figure = Figure(figsize=(drawing.PAGE, 0.4 + 1.6 * -(-len(cells) // 2)))
+        grid = figure.subplots(-(-len(cells) // 2), 2, squeeze=False).flat
+        for cell, axes in zip(cells, grid, strict=False):
+            draw_cell(
+                axes, cell, {variant: [*times[cell, variant].values()] for variant in variants}
+            )
+        for axes in grid:  # one that is left over
+            axes.set_axis_off()
+        figure.supylabel("ms per environment step", fontsize=8)
+        figure.suptitle(f"{machine}, median of {rounds} rounds, line from min to max", fontsize=8)
+        drawing.save(figure, path)
+
+
+def draw_cell(axes: Axes, cell: str, times: dict[str, list[float]]) -> None:
+    """A bar for each variant's times."""
+    algo, hidden, task = cell.split("-", 2)
+    axes.set_title(f"{algo.upper()} {hidden}-{hidden}, {task}")
+    axes.set_xlim(-0.6, len(times) - 0.4)
+    axes.margins(y=0.15)
+    names = [f"ours\n{variant}" if variant in OURS else variant for variant in times]
+    axes.set_xticks(range(len(times)), names, fontsize=7)
+    axes.tick_params(axis="x", length=0)
+    for x, (variant, each) in enumerate(times.items()):
+        if each:
+            ms = median(each)
+            spread = [[ms - min(each)], [max(each) - ms]]
+            bars = axes.bar(x, ms, 0.75, color=COLORS[variant], yerr=spread, ecolor="0.5")
+            axes.bar_label(bars, [f"{ms:.2f}"], padding=2, fontsize=7)
+        else:
+            where = {"transform": axes.get_xaxis_transform(), "rotation": 90}
+            axes.text(x, 0.02, "no measurement", ha="center", color="0.5", fontsize=7, **where)
 
 
 # --- Command line --------------------------------------------------------------------------------
@@ -386,7 +393,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT"
     )
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, to time")
-    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/speed.csv")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/speed.csv")
+    parser.add_argument("--resume", action="store_true", help="measure what --out lacks")
     parser.add_argument("--draw", action="store_true", help="measure nothing, read --out")
     args = parser.parse_args(argv)
     most = len(os.sched_getaffinity(0))
@@ -399,17 +407,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a file of ours. Raises as `read_csv`."""
+    numbers = {"round": int, "ms_per_step": optional, "seconds_to_window": optional}
+    return read_csv(path, COLUMNS, numbers)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure unless told not to, then print and draw what is in --out."""
     args = parse(argv)
     try:
         if not args.draw:
             args.out.parent.mkdir(parents=True, exist_ok=True)
+            before = args.resume and args.out.exists() and args.out.stat().st_size
+            rows = read(args.out) if before else []
             open(args.out, "a").close()  # fail now rather than after the first round
-            run_rounds(args)
-        numbers = {"ms_per_step": optional, "seconds_to_window": optional}
-        rows = read_csv(args.out, COLUMNS, numbers)
-        if not rows:
+            run_rounds(args, rows)
+        if not (rows := read(args.out)):
             raise ValueError(f"{args.out} holds no measurement")
         report(rows)
         draw(rows, chart := args.out.with_suffix(".png"))

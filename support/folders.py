@@ -93,7 +93,7 @@ def find_folder(script: str, args: Any, device: torch.device) -> Folder:
     if None not in problems:
         raise ValueError(f"--resume: {problems[0]}")
     path = paths[problems.index(None)]  # the one saved last, even if it is being trained
-    folder = Folder(path, _lock(path, "--resume: "))
+    folder = Folder(path, lock(path, "--resume: "))
     with folder.reading():
         folder.saved = checkpoints.load(folder.checkpoint)
         for key, now in written_with(script, device).items():
@@ -130,7 +130,7 @@ def _create(args: Any, name: str) -> Folder:
                 raise ValueError(f"{path} exists; {remedy}choose another --run-name") from None
         except OSError as error:
             raise ValueError(f"cannot create {path}: {error.strerror}") from None
-    return Folder(path, _lock(path))
+    return Folder(path, lock(path))
 
 
 def _why_not_resumable(path: Path, total_timesteps: int) -> str | None:
@@ -142,16 +142,21 @@ def _why_not_resumable(path: Path, total_timesteps: int) -> str | None:
             f"{path} has no checkpoint to go on from (--checkpoint-every N saves them); choose "
             "another --run-name"
         )
-    try:
-        done = int(json.loads((path / "result.json").read_text())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return None  # without a result it was not finished
+    done = trained_steps(path)
     if done < total_timesteps:
         return None
     return f"{path} is finished; --total-timesteps beyond {done} trains it further"
 
 
-def _lock(path: Path, asked: str = "") -> int:
+def trained_steps(path: Path) -> int:
+    """Steps of the finished run in a folder, 0 if it was not finished."""
+    try:
+        return int(json.loads((path / "result.json").read_text())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0
+
+
+def lock(path: Path, asked: str = "") -> int:
     """Lock a folder until `unlock`, or this process ends. asked: begins the message."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

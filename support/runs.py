@@ -182,7 +182,8 @@ class Run:
         self.tensorboard.open(self.saved_step)
         fresh = np.flatnonzero(self.parts["envs"].fresh).tolist()
         if self.saved_step is None:
-            self.tensorboard.add_table("hyperparameters", asdict(self.args))
+            settings = {"algo": self.script.removesuffix(".py")} | asdict(self.args)
+            self.tensorboard.add_table("hyperparameters", settings)
         elif self.code_before != self.code:
             self.warn(f"saved by code of {self.code_before}, goes on with that of {self.code}")
         if self.saved_step is not None and fresh:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import ablation
-import plot
 from support import envs
 from support.networks import Actor
 
@@ -291,7 +290,7 @@ def test_errors_csv(tmp_path):
         arrays["visited"][0] = 1e3  # beyond the bounds of fixed point and of float8
         np.savez(tmp_path / "states" / f"{task}.npz", **arrays)
     main("errors", "--states", tmp_path / "states", "--out", tmp_path)
-    rows = read(tmp_path / "ablation" / "errors.csv")
+    rows = read(tmp_path / "errors.csv")
     assert list(rows[0]) == ablation.ERRORS
     expected = [(task, name) for task in ("A-v0", "B-v0") for name in ablation.STORAGES]
     assert [(row["task"], row["storage"]) for row in rows] == expected
@@ -330,7 +329,7 @@ def test_speed_csv_and_the_order_of_its_rounds(tmp_path, monkeypatch):
     names = [*ablation.STORAGES]
     options = ["--rounds", 3, "--steps", 7, "--cores", 5]
     main("speed", "--env", "A-v0", "B-v0", *options, "--out", tmp_path)
-    rows = read(tmp_path / "ablation" / "speed.csv")
+    rows = read(tmp_path / "speed.csv")
     assert list(rows[0]) == ablation.SPEED
     expected = [
         (str(number), task, name)
@@ -361,36 +360,12 @@ def test_a_training_that_fails_is_one_line(tmp_path, capsys):
 # ---- table ----
 
 
-def run(algo, env, method, seed, ret, steps=100_000) -> dict:
-    keys = {"algo": algo, "env": env, "method": method, "seed": seed, "steps": steps}
-    return keys | {"return_last_tenth": ret}
-
-
-def write_runs(path: Path, rows: list[dict]) -> None:
-    ablation.write(path, plot.RUNS, [dict.fromkeys(plot.RUNS, "") | row for row in rows])
-
-
 def table(capsys, results: Path) -> list[list[str]]:
     capsys.readouterr()
     main("table", "--results", results)
     lines = capsys.readouterr().out.splitlines()
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     return [row for row in rows if set(row) != {"---"}]
-
-
-def test_returns_of_the_same_algorithm_task_and_steps_are_reused(tmp_path, capsys):
-    others = [run("sac", "A-v3", "float64", seed, ret) for seed, ret in ((1, 10), (2, 20))]
-    others += [run("sac", "A-v3", "m=1", 1, 999), run("sac", "A-v3", "SB3", 1, 999)]
-    others += [run("sac", "B-v3", "m=2", 1, 999), run("ppo", "A-v3", "m=2", 1, 999, 301_056)]
-    runs = [run("sac", "A-v3", "m=1", seed, ret) for seed, ret in ((1, 1), (2, 4), (10, 7))]
-    runs += [run("sac", "A-v3", "float16", 1, ""), run("ppo", "A-v3", "m=0", 1, -3, 200_704)]
-    write_runs(tmp_path / "runs.csv", others)
-    write_runs(tmp_path / "ablation" / "runs.csv", runs)
-    assert table(capsys, tmp_path) == [
-        ["returns", "float64", "m=0", "m=1"],
-        ["SAC, A-v3, 100,000 steps", "15 ± 7", "-", "4 ± 3"],
-        ["PPO, A-v3, 200,704 steps", "-", "-3", "-"],
-    ]
 
 
 def test_speed_is_the_median_and_the_median_ratio(tmp_path, capsys):
@@ -401,7 +376,7 @@ def test_speed_is_the_median_and_the_median_ratio(tmp_path, capsys):
         for name, each in times.items()
         for i, ms in enumerate(each)
     ]
-    ablation.write(tmp_path / "ablation" / "speed.csv", ablation.SPEED, rows)
+    ablation.write(tmp_path / "speed.csv", ablation.SPEED, rows)
     assert table(capsys, tmp_path) == [
         ["A-v3", "ms/step"],
         ["float64", "2.00 (1.00x)"],
@@ -413,9 +388,9 @@ def test_speed_is_the_median_and_the_median_ratio(tmp_path, capsys):
 def test_a_row_of_errors_beside_its_speed(tmp_path, capsys):
     values = dict.fromkeys(ablation.ERRORS, 0.0) | {"rms": 0.00291, "colliding": 0.00482}
     values |= {"task": "A-v3", "storage": "m=2", "bits": 16, "bytes": 34, "spread_obs": math.nan}
-    ablation.write(tmp_path / "ablation" / "errors.csv", ablation.ERRORS, [values])
+    ablation.write(tmp_path / "errors.csv", ablation.ERRORS, [values])
     timed = dict.fromkeys(ablation.SPEED, 1) | {"task": "A-v3", "storage": "m=2"}
-    ablation.write(tmp_path / "ablation" / "speed.csv", ablation.SPEED, [timed])
+    ablation.write(tmp_path / "speed.csv", ablation.SPEED, [timed])
     head, row = table(capsys, tmp_path)
     cells = dict(zip(head, row, strict=True))
     expected = {"A-v3": "m=2", "bits": "16", "bytes": "34", "RMS error": "2.9e-03"}
@@ -460,6 +435,6 @@ def test_numbers_below_1(argv, capsys):
 
 def test_bad_csvs(tmp_path, capsys):
     assert "no CSV file in" in fails(capsys, "table", "--results", tmp_path)
-    (tmp_path / "ablation").mkdir()
-    (tmp_path / "ablation" / "errors.csv").write_text("a,b\n1,2\n")
+
+    (tmp_path / "errors.csv").write_text("a,b\n1,2\n")
     assert "has other columns" in fails(capsys, "table", "--results", tmp_path)

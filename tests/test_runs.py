@@ -70,7 +70,7 @@ def refusal(args) -> str:
 
 
 def assert_unlocked(folder: Path) -> None:
-    folders.unlock(folders._lock(folder))
+    folders.unlock(folders.lock(folder))
 
 
 def refused(capfd, folder: Path, **changes) -> str:
@@ -253,7 +253,7 @@ def test_new_runs_get_the_next_free_number_and_are_locked(some):
     for folder in found:
         assert folder.saved is None and str(folder) == str(folder.path)
         with pytest.raises(ValueError, match=f"another process is training {folder.path}"):
-            folders._lock(folder.path)
+            folders.lock(folder.path)
         folders.unlock(folder.lock)
         assert_unlocked(folder.path)
 
@@ -289,7 +289,7 @@ def test_a_child_that_an_environment_forks_can_be_ended(tmp_path):
 
 def test_the_loser_of_two_runs_with_one_name_is_told_so(some, monkeypatch):
     (some.folder / "mine").mkdir()  # by the winner, a moment ago
-    lock = folders._lock(some.folder / "mine")
+    lock = folders.lock(some.folder / "mine")
     told = some.refused(run_name="mine", resume=False)
     assert told == f"another process is training {some.folder / 'mine'}"
     folders.unlock(lock)
@@ -393,7 +393,7 @@ def test_an_existing_name_is_refused_without_resume_unless_it_is_empty(some):
 def test_a_run_in_training_is_left_alone(some):
     some.add("")
     some.add("-2")
-    lock = folders._lock(some.folder / f"{some.base}-2")
+    lock = folders.lock(some.folder / f"{some.base}-2")
     assert "another process is training" in some.refused()  # rather than an older one taken
     assert "another process is training" in some.refused(run_name=f"{some.base}-2")
     folders.unlock(lock)

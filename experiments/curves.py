@@ -1,0 +1,391 @@
+"""Learning curves: from runs to two CSV files, and from those to lines, bands and intervals.
+
+`runs.csv` has one row per run, `curves.csv` one per run and bin of steps: the mean return of the
+episodes that ended in it, and no row where none did. Both are small enough to be committed;
+figures and tables are made from them alone. compare.py and figures.py are the commands.
+"""
+
+import argparse
+import ast
+import csv
+import json
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from support import drawing
+
+BINS = 60  # of the longest run, or up to twice as many
+RETURN, SETTINGS = "charts/episodic_return", "hyperparameters/text_summary"
+# What does not make two runs different experiments.
+NO_DIFFERENCE = {"seed", "total_timesteps", "eval_episodes", "checkpoint_every", "resume"}
+NO_DIFFERENCE |= {"device", "run_dir", "run_name"}
+KEY = ["algo", "env", "method", "seed"]  # what identifies a run
+CURVES = [*KEY, "step", "episodic_return", "episodes"]
+RUNS = [*KEY, "steps", "return_last_tenth", "eval_mean", "eval_std", "eval_episodes", "max_abs_obs"]
+RUNS += ["clip_fraction", "first_ratio_error", "torch", "gymnasium", "mujoco", "numpy", "machine"]
+CAPTIONS = {  # by whether they are robust
+    False: "Mean and standard deviation over n of the seeds",
+    True: "Interquartile mean and its 95% bootstrap interval over n of the seeds",
+}
+Curves = dict[str, dict[str, dict[int, dict[int, float]]]]  # panel, method, seed, step: return
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a run logged, finished or not.
+
+    Attributes:
+        folder: where it is.
+        settings: its arguments, "algo", and "lib": "ours", "sb3" or "sbx".
+        steps, returns: last step and return of every episode, int and float arrays of one length.
+        end: steps that it was trained for, so far.
+        result: result.json, empty while it is unfinished.
+    """
+
+    folder: Path
+    settings: dict
+    steps: np.ndarray
+    returns: np.ndarray
+    end: int
+    result: dict
+
+    def curve(self, width: int) -> dict[int, float]:
+        """{right edge of a bin: mean return}, without the bin in which training ended."""
+        bins = bin_returns(self.steps, self.returns, width)
+        return {edge: mean for edge, mean, _ in bins if edge <= self.end}
+
+    def last_tenth(self, end: int) -> float | None:
+        """Mean return of the episodes in the last tenth of the steps up to `end`; None if none."""
+        late = self.returns[(self.steps > 0.9 * end) & (self.steps <= end)]
+        return float(late.mean()) if len(late) else None
+
+
+def find_runs(roots: Iterable[Path]) -> list[Path]:
+    """Folders at any depth under roots that hold a log. Raises ValueError, one line, if none."""
+    for root in roots:
+        if not root.is_dir():
+            raise ValueError(f"there is no folder {root}")
+    found = {path.parent for root in roots for path in root.rglob("events.out.tfevents.*")}
+    if not found:
+        raise ValueError(f"no run in {', '.join(map(str, roots))}")
+    return sorted(found)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's log. Raises ValueError, one line, if it is none of ours or has no episode."""
+    if not folder.is_dir():
+        raise ValueError("there is no such folder")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})  # 0: keep all
+    events.Reload()
+    tags = events.Tags()
+    if SETTINGS not in tags["tensors"]:
+        raise ValueError("its log names no hyperparameters")
+    table = events.Tensors(SETTINGS)[0].tensor_proto.string_val[0].decode()
+    settings = {"lib": "ours"} | parse_table(table)
+    if not {"algo", "env", "seed"} <= settings.keys():
+        raise ValueError("its log is of another program, or of an older version of this one")
+    if RETURN not in tags["scalars"]:
+        raise ValueError("no episode has ended in it yet")
+    scalars = [(event.step, event.value) for event in events.Scalars(RETURN)]
+    steps, returns = np.array(scalars).T
+    end, result = int(steps[-1]), {}
+    if (folder / "result.json").exists():
+        try:
+            result = json.loads((folder / "result.json").read_text())
+            end = max(end, int(result["global_step"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"its result.json is damaged: {error!r}") from None
+    return Run(folder, settings, steps.astype(int), returns, end, result)
+
+
+def parse_table(text: str) -> dict:
+    """The settings in a table of TensorBoard, |name|value| in each line after the heading."""
+    settings = {}
+    for line in text.splitlines()[2:]:
+        name, value = line.strip("|").split("|", 1)
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # text stands there without quotes
+            settings[name] = value
+    return settings
+
+
+def bin_width(runs: Iterable[Run]) -> int:
+    """Steps of a bin: 1, 2 or 5 times a power of ten."""
+    longest = max(run.end for run in runs)
+    widths = [number * 10**power for power in range(9) for number in (1, 2, 5)]
+    return max(width for width in widths if width == 1 or width * BINS <= longest)
+
+
+def bin_returns(steps: np.ndarray, returns: np.ndarray, width: int) -> list[tuple[int, float, int]]:
+    """[(right edge, mean return, episodes)] of bins edge - width < step <= edge that have any."""
+    edges = -(-steps // width) * width
+    each = [(int(edge), returns[edges == edge]) for edge in np.unique(edges)]
+    return [(edge, float(inside.mean()), len(inside)) for edge, inside in each]
+
+
+# --- CSV files -----------------------------------------------------------------------------------
+
+
+def row_of(run: Run, method: str, end: int | None = None) -> dict:
+    """A row of runs.csv. end: takes the last tenth of the steps up to there, not of all."""
+    settings, result = run.settings, run.result
+    row = {"algo": settings["algo"], "env": settings["env"], "seed": settings["seed"]}
+    row |= {"method": method, "steps": run.end} | result.get("versions", {})
+    row["return_last_tenth"] = run.last_tenth(end or run.end)
+    for name in ("max_abs_obs", "clip_fraction", "first_ratio_error", "machine"):
+        row[name] = result.get(name)
+    if evaluation := result.get("evaluation"):
+        row |= {"eval_mean": np.mean(evaluation), "eval_std": np.std(evaluation)}
+        row["eval_episodes"] = len(evaluation)
+    return row
+
+
+def write(out: Path, runs: dict[tuple, tuple[Run, dict]]) -> None:
+    """Write both files to a folder: runs are {KEY's values: (run, its row of runs.csv)}."""
+    out.mkdir(parents=True, exist_ok=True)
+    ordered, width = sorted(runs.items()), bin_width(run for run, _ in runs.values())
+    bins = [
+        dict(zip(CURVES, (*key, *line), strict=True))
+        for key, (run, _) in ordered
+        for line in bin_returns(run.steps, run.returns, width)
+    ]
+    rows = [row for _, (_, row) in ordered]
+    for name, columns, lines in (("curves.csv", CURVES, bins), ("runs.csv", RUNS, rows)):
+        with open(out / name, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            for line in lines:
+                cells = (line.get(column) for column in columns)
+                writer.writerow(f"{c:.6g}" if isinstance(c, float) else c for c in cells)
+
+
+def optional(text: str) -> float | None:
+    """A number, or nothing where there is none."""
+    return float(text) if text else None
+
+
+def read_csv(
+    path: Path, columns: list[str], numbers: dict[str, Callable] | None = None
+) -> list[dict[str, str]]:
+    """Rows as text; numbers: what must be able to read the cells of a column.
+
+    Raises OSError, or ValueError for a file that our scripts did not write, naming what is wrong.
+    """
+    rows = []
+    try:
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            if reader.fieldnames != columns:
+                raise ValueError(f"{path} has other columns than {', '.join(columns)}")
+            for row in reader:
+                rows.append(row)
+                for column, read in (numbers or {}).items():
+                    try:
+                        read(row[column])
+                    except ValueError:
+                        where = f"{path}, line {reader.line_num}: {column} {row[column]!r}"
+                        raise ValueError(f"{where} is no number of the kind it should be") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
+    return rows
+
+
+def read_runs(results: Path) -> list[dict[str, str]]:
+    """runs.csv of a folder. Raises as `read_csv`."""
+    numbers = {"seed": int, "steps": int, "return_last_tenth": optional}
+    return read_csv(results / "runs.csv", RUNS, numbers)
+
+
+def read_curves(results: Path, panel: Callable[[dict], str]) -> Curves:
+    """curves.csv of a folder, without bins in which training ended. panel: row -> its name."""
+    ends = {tuple(run[name] for name in KEY): int(run["steps"]) for run in read_runs(results)}
+    curves = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    numbers = {"seed": int, "step": int, "episodic_return": float}
+    for row in read_csv(results / "curves.csv", CURVES, numbers):
+        step = int(row["step"])
+        if step <= ends.get(tuple(row[name] for name in KEY), 0):
+            line = curves[panel(row)][row["method"]][int(row["seed"])]
+            line[step] = float(row["episodic_return"])
+    return curves
+
+
+# --- Statistics ----------------------------------------------------------------------------------
+
+
+def iqm(x: np.ndarray) -> np.ndarray:
+    """Interquartile mean over the last axis: without the lowest and the highest quarter.
+
+    Of n numbers int(n / 4) are left out at either end, as rliable does it.
+    """
+    cut = x.shape[-1] // 4
+    return np.sort(x, -1)[..., cut : x.shape[-1] - cut].mean(-1)
+
+
+def interval(
+    statistic: Callable[..., np.ndarray], *samples: Iterable[float]
+) -> tuple[float, float] | None:
+    """95% interval of a statistic: percentile bootstrap; None of a sample with a single number.
+
+    Args:
+        statistic: takes one array (draws, n) for each sample, returns (draws,).
+        samples: n numbers each, one per seed; each is drawn from by itself, with replacement.
+    """
+    samples = [np.array([*sample]) for sample in samples]
+    if min(map(len, samples)) < 2:
+        return None
+    rng = np.random.default_rng(1)
+    drawn = [sample[rng.integers(len(sample), size=(10_000, len(sample)))] for sample in samples]
+    low, high = np.percentile(statistic(*drawn), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean(x: np.ndarray) -> np.ndarray:
+    """Mean over the last axis."""
+    return x.mean(-1)
+
+
+def difference(
+    returns: list[float], reference: list[float], statistic: Callable = mean
+) -> tuple[str, str]:
+    """Statistic of returns minus that of the reference, one number per seed each; 95% interval.
+
+    Both as text, "-" where there are no numbers, or only one of a kind for the interval.
+    """
+    if not returns or not reference:
+        return "-", "-"
+    shown = f"{statistic(np.array(returns)) - statistic(np.array(reference)):+.0f}"
+    found = interval(lambda a, b: statistic(a) - statistic(b), returns, reference)
+    return shown, "-" if found is None else f"{found[0]:+.0f} to {found[1]:+.0f}"
+
+
+def spread(returns: list[float]) -> str:
+    """Mean ± sample standard deviation over seeds, or what there is of it."""
+    if len(returns) < 2:
+        return f"{returns[0]:.0f}" if returns else "-"
+    return f"{np.mean(returns):.0f} ± {np.std(returns, ddof=1):.0f}"
+
+
+def markdown(table: list[list[str]]) -> str:
+    """A table whose first line is its head."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [table[0], ["-" * width for width in widths], *table[1:]]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+# --- Drawing -------------------------------------------------------------------------------------
+
+
+def smooth(curve: dict[int, float]) -> dict[int, float]:
+    """Running mean over three bins, at either end over two."""
+    steps, values = zip(*sorted(curve.items()), strict=True)
+    return {step: mean(np.array(values[max(0, i - 1) : i + 2])) for i, step in enumerate(steps)}
+
+
+def draw_method(axes: Axes, seeds: list[dict[int, float]], look: dict, robust: bool) -> Line2D:
+    """A line and a band: seeds are {step: return}, one each.
+
+    Only steps that every seed has got to are drawn; in a bin without an episode its neighbours
+    count.
+    """
+    seeds = [smooth(seed) for seed in seeds]
+    steps = [step for step in sorted(set().union(*seeds)) if step <= min(map(max, seeds))]
+    values = np.array([np.interp(steps, [*seed], [*seed.values()]) for seed in seeds])  # (n, steps)
+    middle = iqm(values.T) if robust else values.mean(0)
+    if len(seeds) > 1 and robust:
+        low, high = np.array([interval(iqm, column) for column in values.T]).T
+    elif len(seeds) > 1:
+        half = values.std(0, ddof=1)
+        low, high = middle - half, middle + half
+    if len(seeds) > 1:
+        axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+    return axes.plot(steps, middle, **look)[0]
+
+
+def seeds_of(numbers: Iterable[int]) -> str:
+    """{1, 2, 3, 5} -> "1 to 3, 5"."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{a} to {b}" if b > a else f"{a}" for a, b in spans)
+
+
+def draw(
+    curves: Curves,
+    looks: dict[str, tuple[str, dict]],
+    path: Path,
+    columns: int = 4,
+    robust: bool = False,
+) -> None:
+    """A panel for each key of curves, a line for each method in looks: {method: (label, style)}.
+
+    Args:
+        path: ending in .png; the PDF lies beside it.
+        columns: at most so many panels side by side; a single one is a printed column wide.
+        robust: see `draw_method`.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    shown = ((name, {m: of[m] for m in looks if of.get(m)}) for name, of in curves.items())
+    panels = {name: methods for name, methods in shown if methods}
+    if not panels:
+        raise ValueError("nothing to draw: no episode has ended in these runs")
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    width = drawing.PAGE if columns > 1 else drawing.COLUMN
+    numbers = {seed for of in panels.values() for seeds in of.values() for seed in seeds}
+    caption = textwrap.fill(f"{CAPTIONS[robust]} {seeds_of(numbers)}.", int(width * 14))
+    lines = {}  # label: line
+    # About 13 letters to the inch, and 5 for the line before them.
+    fill = int(width * 13) - 5
+    names = {
+        method: textwrap.fill(looks[method][0], fill) for of in panels.values() for method in of
+    }
+    longest = max(len(line) for name in names.values() for line in name.splitlines())
+    abreast = max(1, fill // longest)
+    height = 0.5 + 0.17 * len(set(names.values())) / abreast
+    height += 1.5 * rows if columns > 1 else 2.2
+    with drawing.style():
+        figure = Figure(figsize=(width, height))
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for (name, of), axes in zip(panels.items(), grid, strict=False):
+            for method, seeds in of.items():
+                line = draw_method(axes, [*seeds.values()], looks[method][1], robust)
+                lines[names[method]] = line
+            counts = sorted({len(seeds) for seeds in of.values()})
+            where = {"transform": axes.transAxes, "ha": "right", "color": "0.4", "fontsize": 7}
+            axes.text(0.99, 0.03, f"n = {' or '.join(map(str, counts))}", **where)
+            axes.set_title(name)
+            axes.set_xlim(left=0)
+            axes.grid()
+            drawing.thousands(axes)
+        for axes in grid:  # those left over
+            axes.set_axis_off()
+        figure.supylabel("episodic return", fontsize=8)
+        figure.supxlabel(f"environment steps\n{caption}", fontsize=8)
+        figure.legend(lines.values(), lines, loc="outside upper center", ncols=abreast)
+        drawing.save(figure, path)

@@ -1,0 +1,161 @@
+"""The paper's learning curves: Fig. 3, Fig. 4, and storages side by side.
+
+    ./run.sh fig4 --list | python experiments/figures.py fig4 --out runs/fig4    # from the runs
+    python experiments/figures.py fig4 --out experiments/results/fig4 --draw     # from CSV files
+
+The first reads the runs that the command lines on its input train, as far as they have come, and
+writes runs.csv and curves.csv to --out; both then draw FIGURE.png and .pdf there and write a table
+of returns, FIGURE.md. `./run.sh fig4` does all of it.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import curves
+import jobs
+from support.drawing import BLACK, BLUE, GREEN, LIGHT_BLUE, LIGHT_GREEN, ORANGE
+
+FLOAT64 = ("float64", {"color": BLACK})
+SB3 = ("Stable-Baselines3", {"color": ORANGE, "linestyle": (0, (3.5, 1.2))})
+DASHED = {"linestyle": (0, (3, 1.5))}
+# Of each figure the methods, as `method` names them: label and line, the reference first.
+FIGURES = {
+    "fig3": {  # the paper's colours: by memory, rounded solid, float64 dashed
+        "float64": ("1M rows, float64 (3 GB)", {"color": BLACK} | DASHED),
+        "m=2": ("1M rows, m=2 (750 MB)", {"color": BLUE}),
+        "float64, 250k rows": ("250k rows, float64 (750 MB)", {"color": LIGHT_BLUE} | DASHED),
+        "m=2, 400k rows": ("400k rows, m=2 (300 MB)", {"color": GREEN}),
+        "float64, 100k rows": ("100k rows, float64 (300 MB)", {"color": LIGHT_GREEN} | DASHED),
+    },
+    "fig4": {
+        "float64": FLOAT64,
+        "m=1": ("rounded (PPO: m=1, SAC: m=2)", {"color": BLUE}),
+        "m=2": ("rounded (PPO: m=1, SAC: m=2)", {"color": BLUE}),
+        "SB3": SB3,
+    },
+    "ablate-m": {
+        "float64": FLOAT64,
+        "m=2": ("m=2", {"color": BLUE}),
+        "m=1": ("m=1", {"color": GREEN}),
+        "m=0": ("m=0", {"color": "#d1495b"}),
+    },
+    "ablate-storage": {
+        "float64": FLOAT64,
+        "m=1": ("rounded (PPO: m=1, SAC: m=2)", {"color": BLUE}),
+        "m=2": ("rounded (PPO: m=1, SAC: m=2)", {"color": BLUE}),
+        "float32": ("float32", {"color": "0.6"}),
+        "float16": ("float16", {"color": ORANGE}),
+        "bfloat16": ("bfloat16", {"color": "#7b4fa3"}),
+        "float8_e4m3fn": ("float8_e4m3fn", {"color": "#d1495b"}),
+    },
+}
+# What the paper holds against each other in Fig. 3, at equal memory.
+PAIRS = [("m=2", "float64, 250k rows"), ("m=2, 400k rows", "float64, 100k rows")]
+TASKS = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]  # the paper's order
+MAY_DIFFER = curves.NO_DIFFERENCE | {"quant_m", "storage", "pack", "drop_constant", "buffer_size"}
+
+
+def method(settings: dict) -> str:
+    """How a run stores what it learns from: "float64", "m=2", "float64, 250k rows", "SB3"."""
+    if settings["lib"] != "ours":
+        return settings["lib"].upper()
+    m, size = settings["quant_m"], settings.get("buffer_size", 1_000_000)
+    name = (settings["storage"] or "float64") if m is None else f"m={m}"
+    name += ", packed" if settings["pack"] else ""
+    return name if size == 1_000_000 else f"{name}, {size / 1000:g}k rows"
+
+
+def collect(lines: list[str], out: Path) -> None:
+    """Write runs.csv and curves.csv of what the command lines train.
+
+    Raises:
+        ValueError: nothing has been trained, or runs have settings that make them unlike.
+    """
+    runs, alike, left_out = {}, {}, 0
+    for job in map(jobs.parse, lines):
+        try:
+            run = curves.read_run(job.folder)
+        except ValueError as error:
+            left_out += "lib sb3" not in job.line
+            if job.folder.exists():
+                print(f"figures.py: left out {job.folder}: {error}", file=sys.stderr)
+            continue
+        row = curves.row_of(run, method(run.settings))
+        runs[row["algo"], row["env"], row["method"], row["seed"]] = run, row
+        settings = {k: v for k, v in run.settings.items() if k not in MAY_DIFFER}
+        key = row["algo"], row["env"], settings["lib"]
+        folder, others = alike.setdefault(key, (run.folder, settings))
+        if changed := {name for name, _ in settings.items() ^ others.items()}:
+            raise ValueError(f"{folder} and {run.folder} differ in {', '.join(sorted(changed))}")
+    if not runs:
+        raise ValueError("none of these runs has been trained yet")
+    unfinished = sum(not run.result for run, _ in runs.values())
+    if left_out or unfinished:
+        print(
+            f"figures.py: {left_out} runs have not begun, {unfinished} are unfinished",
+            file=sys.stderr,
+        )
+    curves.write(out, runs)
+
+
+def panel(row: dict[str, str]) -> str:
+    return f"{row['algo'].upper()}, {row['env']}"
+
+
+def place(name: str) -> tuple:
+    """Sorts panels: PPO above SAC, tasks in the paper's order."""
+    algo, env = name.split(", ", 1)
+    return algo, TASKS.index(env) if env in TASKS else len(TASKS), env
+
+
+def table(figure: str, out: Path) -> str:
+    """Training return in the last tenth of the steps, and its difference to the reference."""
+    returns, seeds = defaultdict(lambda: defaultdict(list)), defaultdict(list)
+    for run in curves.read_runs(out):
+        seeds[panel(run), run["method"]].append(int(run["seed"]))
+        if run["return_last_tenth"]:
+            returns[panel(run)][run["method"]].append(float(run["return_last_tenth"]))
+    known = list(FIGURES[figure])
+    pairs = PAIRS if figure == "fig3" else [(each, known[0]) for each in known[1:]]
+    lines = [["task", "storage", "seeds", "return"]]
+    against = [["task", "storage", "minus", "difference", "95% interval"]]
+    for name in sorted(returns, key=place):
+        for each in filter(returns[name].get, known):
+            numbers = curves.seeds_of(seeds[name, each])
+            lines.append([name, each, numbers, curves.spread(returns[name][each])])
+        for each, other in pairs:
+            if returns[name][each] and returns[name][other]:
+                found = curves.difference(returns[name][each], returns[name][other])
+                against.append([name, each, other, *found])
+    return "\n\n".join(curves.markdown(part) for part in (lines, against) if len(part) > 1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """SystemExit with code 2 and one line for bad input."""
+    parser = curves.Parser(prog="figures.py", description=__doc__.splitlines()[0])
+    parser.add_argument("figure", choices=FIGURES)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--draw", action="store_true", help="from --out's CSV files alone")
+    args = parser.parse_args(argv)
+    try:
+        make(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def make(args: argparse.Namespace) -> None:
+    if not args.draw:
+        collect([line for line in map(str.strip, sys.stdin) if line], args.out)
+    found = curves.read_curves(args.out, panel)
+    found = {name: found[name] for name in sorted(found, key=place)}
+    path = args.out / f"{args.figure}.png"
+    curves.draw(found, FIGURES[args.figure], path)
+    text = table(args.figure, args.out)
+    path.with_suffix(".md").write_text(text + "\n")
+    print(f"{text}\n\nwrote {args.figure}.png, .pdf, .md and the CSV files to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Runs the command lines that stand on its input, several at a time, and goes on where it stopped.
+
+    ./run.sh fig4 --list | python experiments/jobs.py --jobs 2
+
+A training that has finished is skipped, one that has a checkpoint is resumed. One that fails is
+told of at the end, and does not keep the others from running. Ctrl-C and SIGTERM let the running
+ones save themselves; the same command goes on with them. Several machines may work on one list in a
+shared folder: what another one trains is left to it. What each run prints is in its folder's .log.
+"""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ppo
+import sac
+from curves import Parser
+from support import arguments, folders
+
+SCRIPTS = {"sac.py": sac.Args, "ppo.py": ppo.Args}
+PEERS = "experiments/peers.py"
+POLL = 0.2  # seconds between two looks at what runs
+COSTS = {"sac.py": 8, "ppo.py": 1, PEERS: 10}  # time of a step, roughly: for the time left
+
+
+@dataclass
+class Job:
+    """A command line, and the run that it trains.
+
+    Attributes:
+        line: as it was given.
+        folder: of its run; None of a command that trains none.
+        steps: that the run is to be trained for.
+        cost: of a step, in any unit.
+        done: steps so far.
+        process: while it runs.
+    """
+
+    line: str
+    folder: Path | None = None
+    steps: int = 1
+    cost: int = 10**5
+    done: int = 0
+    process: subprocess.Popen | None = None
+    logs: dict[Path, EventFileLoader] = field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        name = self.folder or Path("runs", re.sub(r"\W+", "-", self.line).strip("-")[:200])
+        return name.with_name(f"{name.name}.log")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has been trained to the end; a command that trains none always runs."""
+        return self.folder is not None and folders.trained_steps(self.folder) >= self.steps
+
+    def words(self) -> list[str]:
+        """The command that is to be run now. ValueError: another process trains this run."""
+        words = shlex.split(self.line)
+        if self.folder and words[1] in SCRIPTS:
+            words += ["--run-name", self.folder.name]  # never a second folder for one run
+        if self.folder and self.folder.exists():
+            clear(self.folder)
+            words += ["--resume"] if (self.folder / "checkpoint.pt").exists() else []
+        return words
+
+    def start(self, threads: int) -> None:
+        """Run the command in the background. Raises ValueError as `words` does."""
+        words = self.words()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a") as log:
+            log.write(f"$ {shlex.join(words)}\n")
+            log.flush()
+            self.process = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=environment(threads),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,  # Ctrl-C reaches it once, through this program
+            )
+
+    def advance(self) -> int:
+        """Read on in the log of the run; how much further it is, in the unit of `cost`."""
+        before = self.done
+        for file in self.folder.glob("events.out.tfevents.*") if self.folder else ():
+            loader = self.logs.setdefault(file, EventFileLoader(str(file)))
+            for event in loader.Load():
+                self.done = max(self.done, min(event.step, self.steps))
+        return (self.done - before) * self.cost
+
+    def last_words(self) -> str:
+        """The last line that it printed."""
+        lines = self.log.read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables of a process that is to take so many threads."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return os.environ | dict.fromkeys(names, str(threads))
+
+
+def clear(folder: Path) -> None:
+    """Empty the folder of a run that was killed before its first checkpoint.
+
+    Raises:
+        ValueError: another process is training it.
+    """
+    lock = folders.lock(folder)
+    if not any((folder / name).exists() for name in ("checkpoint.pt", "result.json")):
+        for log in folder.glob("events.out.tfevents.*"):
+            log.unlink()
+    folders.unlock(lock)
+
+
+def parse(line: str) -> Job:
+    """What a command line trains. Raises ValueError if it is none of run.sh."""
+    words = shlex.split(line)
+    if len(words) < 2 or words[0] != "./run.sh":
+        raise ValueError(f"{line!r} is no command line that begins with ./run.sh")
+    script = words[1]
+    if script in SCRIPTS:
+        args = tyro.cli(SCRIPTS[script], args=words[2:])
+        name = args.run_name or arguments.run_name(script, args)
+        return Job(line, Path(args.run_dir, name), args.total_timesteps, COSTS[script])
+    if script == PEERS:
+        given = dict(zip(words[2::2], words[3::2], strict=True))
+        name = "{--env}__{--lib}-{--algo}__seed{--seed}".format(**given)
+        steps = int(given["--total-timesteps"])
+        return Job(line, Path(given["--run-dir"], name), steps, COSTS[PEERS])
+    return Job(line)
+
+
+class Queue:
+    """Runs what is not finished of a list of jobs, `count` at a time."""
+
+    def __init__(self, jobs: list[Job], count: int):
+        self.jobs, self.count = jobs, count
+        self.threads = max(1, len(os.sched_getaffinity(0)) // count)
+        self.waiting = [job for job in jobs if not job.finished]
+        self.finished = len(jobs) - len(self.waiting)
+        self.running: list[Job] = []
+        self.failed: list[Job] = []
+        self.elsewhere: list[Job] = []  # trained by another process
+        self.signals: list[int] = []
+
+    def run(self) -> None:
+        """Run, and tell how it went.
+
+        Raises:
+            SystemExit: 1 if any failed; 130 or 143 after Ctrl-C or SIGTERM.
+        """
+        before = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        total = sum(job.steps * job.cost for job in self.waiting)
+        already = sum(job.advance() for job in self.waiting)
+        form = "{percentage:3.0f}% |{bar}| {desc}{elapsed} so far, {remaining} left"
+        look = {"smoothing": 0, "bar_format": form, "dynamic_ncols": True, "disable": None}
+        with tqdm(total=total, initial=already, **look) as bar:
+            while self.running or (self.waiting and not self.signals):
+                self.fill()
+                bar.set_description_str(f"{self.finished} of {len(self.jobs)} done, ")
+                time.sleep(POLL)
+                for job in list(self.running):
+                    bar.update(job.advance())
+                    if job.process.poll() is not None:
+                        self.reap(job, bar)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        self.report()
+
+    def fill(self) -> None:
+        """Start the next ones, as many as may run."""
+        while self.waiting and not self.signals and len(self.running) < self.count:
+            job = self.waiting.pop(0)
+            try:
+                job.start(self.threads)
+            except ValueError:
+                self.elsewhere.append(job)
+            else:
+                self.running.append(job)
+
+    def stop(self, number: int, _: object) -> None:
+        """Pass a signal on: the running ones save themselves."""
+        self.signals.append(number)
+        for job in self.running:
+            job.process.terminate()
+
+    def reap(self, job: Job, bar: tqdm) -> None:
+        """Count a process that has ended."""
+        self.running.remove(job)
+        if job.process.returncode == 0:
+            self.finished += 1
+            bar.update((job.steps - job.done) * job.cost)
+        elif not self.signals:
+            self.failed.append(job)
+            bar.write(f"failed: {job.line}", file=sys.stderr)
+
+    def report(self) -> None:
+        lines = [f"another process is training {job.folder}" for job in self.elsewhere]
+        for job in self.failed:
+            lines.append(f"failed: {job.line}\n  {job.last_words()}; see {job.log}")
+        lines.append(f"{self.finished} of {len(self.jobs)} done")
+        if self.signals:
+            lines.append("stopped; the same command goes on")
+        for line in lines:
+            print(f"jobs.py: {line}", file=sys.stderr)
+        if self.signals or self.failed:
+            raise SystemExit(128 + self.signals[0] if self.signals else 1)
+
+
+def become(job: Job) -> None:
+    """Run a command in place of this program: signals reach it, and its exit code counts."""
+    if job.finished:
+        print(f"jobs.py: {job.folder} is finished", file=sys.stderr)
+        return
+    try:
+        words = job.words()
+    except ValueError as error:
+        raise SystemExit(f"jobs.py: {error}") from None
+    threads = int(os.environ.get("SLURM_CPUS_PER_TASK", 1))
+    os.chdir(ROOT)
+    os.execvpe(words[0], words, environment(threads))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """SystemExit with code 2 and one line for bad input."""
+    parser = Parser(prog="jobs.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
+    parser.add_argument("--exec", action="store_true", help="run one line, as a task of SLURM does")
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} must be at least 1")
+    try:
+        jobs = [parse(line) for line in map(str.strip, sys.stdin) if line]
+    except (ValueError, KeyError) as error:
+        parser.error(str(error))
+    if args.exec:
+        become(*jobs)
+    else:
+        Queue(jobs, args.jobs).run()
+
+
+if __name__ == "__main__":
+    main()
