@@ -156,7 +156,7 @@ def test_a_venv_whose_python_is_gone_is_repaired_and_never_removed(house, pip_fa
 
 def test_without_python_it_is_one_line(house):
     (house.parent / "bin/python3").unlink()
-    names = ("bash", "readlink", "cat", "cmp", "env")
+    names = ("bash", "readlink", "cat", "cmp", "env", "flock")
     for name in names:
         (house.parent / "bin" / name).symlink_to(shutil.which(name))
     environment = os.environ | {"PATH": str(house.parent / "bin")}
