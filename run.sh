@@ -121,6 +121,10 @@ reproduce)
     .venv/bin/python experiments/speed.py --cores 2 --rounds 2
     .venv/bin/python experiments/scaling.py --rounds 2
     ;;
+play)
+    setup .venv requirements.txt
+    exec .venv/bin/python experiments/play.py "${@:2}"
+    ;;
 experiments/peers.py)
     setup .venv-bench experiments/requirements.txt
     exec .venv-bench/bin/python "$@"
