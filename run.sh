@@ -211,6 +211,10 @@ reproduce)
     .venv/bin/python experiments/speed.py --cores 2 --rounds "${ROUNDS:-5}" --out $results/speed.csv
     .venv/bin/python experiments/scaling.py --rounds 2 --out $results/scaling.csv
     ;;
+play)
+    setup .venv requirements.txt
+    exec .venv/bin/python experiments/play.py "${@:2}"
+    ;;
 experiments/peers.py)
     setup .venv-bench experiments/requirements.txt
     exec .venv-bench/bin/python "$@"
