@@ -151,7 +151,7 @@ def compare(args: argparse.Namespace) -> str:
         )
         for i, name in enumerate(names)
     }
-    width = curves.bin_width(runs)
+    width = curves.bin_width(max(run.end for run in runs))
     lines = {
         panel: {
             name: {seed: run.curve(width) for seed, run in seeds.items() if run.curve(width)}
@@ -160,11 +160,10 @@ def compare(args: argparse.Namespace) -> str:
         for panel, groups in panels.items()
     }
     text, found = curves.markdown(table(panels, args.iqm)), differing(runs)
-    rows = {}
-    for run in runs:
-        row = curves.row_of(run, label(run, found))
-        rows[row["algo"], row["env"], row["method"], row["seed"]] = run, row
-    curves.write(args.out, rows)
+    rows = [curves.row_of(run, label(run, found)) for run in runs]
+    pairs = zip(runs, rows, strict=True)
+    bins = [each for run, row in pairs for each in curves.bins_of(run, row, width)]
+    curves.write(args.out, rows, bins)
     curves.draw(lines, looks, args.out / "returns.png", robust=args.iqm)
     (args.out / "table.md").write_text(text + "\n")
     training = sum(not run.result for run in runs)

@@ -130,9 +130,8 @@ def parse_table(text: str) -> dict:
     return settings
 
 
-def bin_width(runs: Iterable[Run]) -> int:
-    """Steps of a bin: 1, 2 or 5 times a power of ten."""
-    longest = max(run.end for run in runs)
+def bin_width(longest: int) -> int:
+    """Steps of a bin, by those of the longest run: 1, 2 or 5 times a power of ten."""
     widths = [number * 10**power for power in range(9) for number in (1, 2, 5)]
     return max(width for width in widths if width == 1 or width * BINS <= longest)
 
@@ -161,21 +160,25 @@ def row_of(run: Run, method: str, end: int | None = None) -> dict:
     return row
 
 
-def write(out: Path, runs: dict[tuple, tuple[Run, dict]]) -> None:
-    """Write both files to a folder: runs are {KEY's values: (run, its row of runs.csv)}."""
+def bins_of(run: Run, row: dict, width: int) -> list[dict]:
+    """The rows of curves.csv that belong to one of runs.csv."""
+    key = {name: row[name] for name in KEY}
+    bins = bin_returns(run.steps, run.returns, width)
+    return [key | dict(zip(CURVES[len(KEY) :], each, strict=True)) for each in bins]
+
+
+def write(out: Path, rows: list[dict], bins: list[dict]) -> None:
+    """Write runs.csv and curves.csv to a folder, sorted."""
+
+    def place(row: dict) -> tuple:
+        return *(row[name] for name in KEY[:-1]), int(row["seed"]), int(row.get("step", 0))
+
     out.mkdir(parents=True, exist_ok=True)
-    ordered, width = sorted(runs.items()), bin_width(run for run, _ in runs.values())
-    bins = [
-        dict(zip(CURVES, (*key, *line), strict=True))
-        for key, (run, _) in ordered
-        for line in bin_returns(run.steps, run.returns, width)
-    ]
-    rows = [row for _, (_, row) in ordered]
     for name, columns, lines in (("curves.csv", CURVES, bins), ("runs.csv", RUNS, rows)):
         with open(out / name, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
-            for line in lines:
+            for line in sorted(lines, key=place):
                 cells = (line.get(column) for column in columns)
                 writer.writerow(f"{c:.6g}" if isinstance(c, float) else c for c in cells)
 

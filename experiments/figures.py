@@ -4,8 +4,9 @@
     python experiments/figures.py fig4 --out experiments/results/fig4 --draw     # from CSV files
 
 The first reads the runs that the command lines on its input train, as far as they have come, and
-writes runs.csv and curves.csv to --out; both then draw FIGURE.png and .pdf there and write a table
-of returns, FIGURE.md. `./run.sh fig4` does all of it.
+writes runs.csv and curves.csv to --out, where rows of listed runs that are not here are kept. Both
+then draw FIGURE.png and .pdf there and write a table of returns, FIGURE.md. `./run.sh fig4` does
+all of it.
 """
 
 import argparse
@@ -70,34 +71,48 @@ def method(settings: dict) -> str:
 def collect(lines: list[str], out: Path) -> None:
     """Write runs.csv and curves.csv of what the command lines train.
 
+    A run that is not here but stands in these files keeps its rows: several machines may train.
+
     Raises:
         ValueError: nothing has been trained, or runs have settings that make them unlike.
     """
-    runs, alike, left_out = {}, {}, 0
-    for job in map(jobs.parse, lines):
+    listed = {key_of(job.settings): job for job in map(jobs.parse, lines)}
+    width = curves.bin_width(max((job.steps for job in listed.values()), default=0))
+    rows, bins, alike, absent, unfinished = [], [], {}, set(), 0
+    for key, job in listed.items():
         try:
             run = curves.read_run(job.folder)
         except ValueError as error:
-            left_out += "lib sb3" not in job.line
+            absent.add(key)
             if job.folder.exists():
                 print(f"figures.py: left out {job.folder}: {error}", file=sys.stderr)
             continue
-        row = curves.row_of(run, method(run.settings))
-        runs[row["algo"], row["env"], row["method"], row["seed"]] = run, row
         settings = {k: v for k, v in run.settings.items() if k not in MAY_DIFFER}
-        key = row["algo"], row["env"], settings["lib"]
-        folder, others = alike.setdefault(key, (run.folder, settings))
+        folder, others = alike.setdefault((*key[:2], settings["lib"]), (run.folder, settings))
         if changed := {name for name, _ in settings.items() ^ others.items()}:
             raise ValueError(f"{folder} and {run.folder} differ in {', '.join(sorted(changed))}")
-    if not runs:
+        rows.append(curves.row_of(run, method(run.settings)))
+        bins += curves.bins_of(run, rows[-1], width)
+        unfinished += not run.result
+    if (out / "runs.csv").exists():
+        kept = [row for row in curves.read_runs(out) if key_of(row) in absent]
+        absent -= {key_of(row) for row in kept}
+        lines = curves.read_csv(out / "curves.csv", curves.CURVES)
+        bins += [row for row in lines if key_of(row) in {key_of(row) for row in kept}]
+        rows += kept
+    if not rows:
         raise ValueError("none of these runs has been trained yet")
-    unfinished = sum(not run.result for run, _ in runs.values())
-    if left_out or unfinished:
-        print(
-            f"figures.py: {left_out} runs have not begun, {unfinished} are unfinished",
-            file=sys.stderr,
-        )
-    curves.write(out, runs)
+    missing = sum(key[2] != "SB3" for key in absent)
+    if missing or unfinished:
+        counts = f"{missing} runs have not begun, {unfinished} are unfinished"
+        print(f"figures.py: {counts}", file=sys.stderr)
+    curves.write(out, rows, bins)
+
+
+def key_of(settings: dict) -> tuple[str, str, str, int]:
+    """What identifies a run, from its settings or from its row in a CSV file."""
+    how = settings["method"] if "method" in settings else method(settings)
+    return settings["algo"], settings["env"], how, int(settings["seed"])
 
 
 def panel(row: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tyro
@@ -42,6 +42,7 @@ class Job:
     Attributes:
         line: as it was given.
         folder: of its run; None of a command that trains none.
+        settings: of its run, as its log will have them.
         steps: that the run is to be trained for.
         cost: of a step, in any unit.
         done: steps so far.
@@ -50,6 +51,7 @@ class Job:
 
     line: str
     folder: Path | None = None
+    settings: dict = field(default_factory=dict)
     steps: int = 1
     cost: int = 10**5
     done: int = 0
@@ -137,12 +139,18 @@ def parse(line: str) -> Job:
     if script in SCRIPTS:
         args = tyro.cli(SCRIPTS[script], args=words[2:])
         name = args.run_name or arguments.run_name(script, args)
-        return Job(line, Path(args.run_dir, name), args.total_timesteps, COSTS[script])
+        settings = {"algo": script.removesuffix(".py"), "lib": "ours"} | asdict(args)
+        folder = Path(args.run_dir, name)
+        return Job(line, folder, settings, args.total_timesteps, COSTS[script])
     if script == PEERS:
-        given = dict(zip(words[2::2], words[3::2], strict=True))
-        name = "{--env}__{--lib}-{--algo}__seed{--seed}".format(**given)
-        steps = int(given["--total-timesteps"])
-        return Job(line, Path(given["--run-dir"], name), steps, COSTS[PEERS])
+        given = zip(words[2::2], words[3::2], strict=True)
+        settings = {flag.removeprefix("--").replace("-", "_"): value for flag, value in given}
+        for name in ("lib", "algo", "env", "seed", "total_timesteps", "run_dir"):
+            if name not in settings:
+                raise ValueError(f"{line!r} lacks {arguments.flag(name)}")
+        name = "{env}__{lib}-{algo}__seed{seed}".format(**settings)
+        steps = int(settings["total_timesteps"])
+        return Job(line, Path(settings["run_dir"], name), settings, steps, COSTS[PEERS])
     return Job(line)
 
 
@@ -247,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--jobs {args.jobs} must be at least 1")
     try:
         jobs = [parse(line) for line in map(str.strip, sys.stdin) if line]
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         parser.error(str(error))
     if args.exec:
         become(*jobs)

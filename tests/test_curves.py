@@ -30,7 +30,7 @@ def write(out: Path, *folders: Path) -> None:
     found = [curves.read_run(folder) for folder in folders]
     rows = [curves.row_of(each, f"m={each.settings.get('quant_m')}") for each in found]
     pairs = zip(found, rows, strict=True)
-    curves.write(out, {tuple(row[name] for name in curves.KEY): (r, row) for r, row in pairs})
+    curves.write(out, rows, [each for run, row in pairs for each in curves.bins_of(run, row, 200)])
 
 
 # ---- runs ----
@@ -88,10 +88,7 @@ def test_what_is_no_run_is_said(tmp_path):
 
 @given(st.integers(1, 10**8))
 def test_a_bin_is_a_round_number_and_there_are_60_to_150(longest):
-    class End:
-        end = longest
-
-    width = curves.bin_width([End])
+    width = curves.bin_width(longest)
     assert str(width).strip("0") in ("1", "2", "5")
     assert width == 1 or 60 <= longest / width <= 150
 
@@ -142,9 +139,9 @@ def test_what_a_run_lacks_is_an_empty_cell(tmp_path):
 
 
 def test_reading_back_leaves_out_the_bin_in_which_training_ended(tmp_path):
-    write(tmp_path / "out", run(tmp_path, ends=[(100, 1.0), (10_230, 99.0)], total=10_240))
+    write(tmp_path / "out", run(tmp_path, ends=[(200, 1.0), (10_230, 99.0)], total=10_240))
     found = curves.read_curves(tmp_path / "out", lambda row: row["env"])
-    assert found == {"Ant-v3": {"m=None": {1: {100: 1.0}}}}
+    assert found == {"Ant-v3": {"m=None": {1: {200: 1.0}}}}
 
 
 def test_bad_csvs(tmp_path):

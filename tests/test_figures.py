@@ -1,0 +1,161 @@
+"""experiments/figures.py on made-up runs: what each figure shows, pairs, and what it refuses."""
+
+import io
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made import episodes, run, sb3, unfinished
+
+import curves
+import figures
+import jobs
+
+ROOT = Path(__file__).parent.parent
+
+
+def lines_of(figure: str, root: Path, **variables: str) -> list[str]:
+    """What `./run.sh FIGURE --list` prints, its runs under root."""
+    command = [ROOT / "run.sh", figure, "--list"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    return [line.replace("runs/paper", str(root)) for line in done.stdout.splitlines()]
+
+
+def train(lines: list[str], offset=lambda settings: 0.0) -> None:
+    """Leave a run for each line: its returns grow with the step, beginning at offset + seed."""
+    for line in lines:
+        job = jobs.parse(line)
+        words = line.split()
+        given = dict(zip(words[2::2], words[3::2], strict=True))
+        if "--lib" in given:
+            sb3(job.folder.parent, given["--algo"], int(given["--seed"]), given["--env"])
+            continue
+        m, size = given.get("--quant-m"), int(given.get("--buffer-size", 1_000_000))
+        settings = {"m": m and int(m), "seed": int(given["--seed"]), "env": given["--env"]}
+        if words[1] == "sac.py":
+            settings["buffer_size"] = size
+        if "--storage" in given:
+            settings["storage"] = given["--storage"]
+        ends = episodes(20_000, offset=offset(settings) + settings["seed"])
+        algo = words[1].removesuffix(".py")
+        run(job.folder.parent, algo, ends=ends, name=job.folder.name, **settings)
+
+
+def make(monkeypatch, capsys, figure: str, lines: list[str], out: Path) -> tuple[str, str]:
+    """What `figures.py FIGURE` prints, given these lines."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    capsys.readouterr()
+    figures.main([figure, "--out", str(out)])
+    return capsys.readouterr()
+
+
+def cells(text: str) -> list[list[str]]:
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if not row[0].startswith(" --")]
+
+
+def test_fig4_shows_both_algorithms_on_the_four_tasks(tmp_path, monkeypatch, capsys):
+    lines = lines_of("fig4", tmp_path / "runs", SEEDS="1 2 10")
+    assert len(lines) == 48
+    train(lines, lambda settings: 0.0 if settings["m"] is None else 100.0)
+    theirs = lines_of("sb3", tmp_path / "runs", SEEDS="1", TASKS="Ant-v3", ALGOS="ppo")
+    train(theirs)
+    out, err = make(monkeypatch, capsys, "fig4", lines + theirs, tmp_path / "out")
+    assert err == ""
+    found = cells(out)
+    tasks = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]
+    panels = [f"{algo}, {task}" for algo in ("PPO", "SAC") for task in tasks]
+    split = found.index(["task", "storage", "minus", "difference", "95% interval"])
+    assert list(dict.fromkeys(row[0] for row in found[1:split])) == panels
+    assert ["PPO, Ant-v3", "SB3", "1"] in [row[:3] for row in found]
+    mean = np.mean([s / 64 for s in range(700, 20_001, 700) if s > 18_000]) + 13 / 3
+    assert ["SAC, Ant-v3", "m=2", "1 to 2, 10", f"{mean + 100:.0f} ± 5"] in found
+    differences = {tuple(row[:3]): row[3] for row in found[split + 1 :]}
+    assert differences["PPO, Walker2d-v3", "m=1", "float64"] == "+100"
+    assert ("PPO, Walker2d-v3", "m=2", "float64") not in differences
+    for name in ("fig4.png", "fig4.pdf", "fig4.md", "runs.csv", "curves.csv"):
+        assert (tmp_path / "out" / name).stat().st_size > 300
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    figures.main(["fig4", "--draw", "--out", str(tmp_path / "out")])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_fig3_holds_equal_memory_against_each_other(tmp_path, monkeypatch, capsys):
+    lines = lines_of("fig3", tmp_path / "runs", SEEDS="1 2")
+    assert len(lines) == 10
+    train(lines, lambda settings: settings["buffer_size"] / 1000)
+    out, _ = make(monkeypatch, capsys, "fig3", lines, tmp_path / "out")
+    methods = {row["method"] for row in curves.read_runs(tmp_path / "out")}
+    assert methods == set(figures.FIGURES["fig3"])
+    *_, first, second = cells(out)
+    task = "SAC, Humanoid-v3"
+    assert first[:4] == [task, "m=2", "float64, 250k rows", "+750"]
+    assert second[:4] == [task, "m=2, 400k rows", "float64, 100k rows", "+300"]
+
+
+@pytest.mark.parametrize("figure", ["ablate-m", "ablate-storage"])
+def test_ablations_show_every_storage_that_is_listed(figure, tmp_path, monkeypatch, capsys):
+    lines = lines_of(figure, tmp_path / "runs", SEEDS="1", TASKS="Ant-v3")
+    train(lines)
+    make(monkeypatch, capsys, figure, lines, tmp_path / "out")
+    rows = curves.read_runs(tmp_path / "out")
+    assert len(rows) == len(lines)
+    assert {row["method"] for row in rows} == set(figures.FIGURES[figure])
+
+
+def test_what_has_not_been_trained_is_counted(tmp_path, monkeypatch, capsys):
+    lines = lines_of("fig4", tmp_path / "runs", SEEDS="1", TASKS="Ant-v3")
+    train(lines[:2])
+    unfinished(jobs.parse(lines[0]).folder)
+    theirs = lines_of("sb3", tmp_path / "runs", SEEDS="1", TASKS="Ant-v3")
+    _, err = make(monkeypatch, capsys, "fig4", lines + theirs, tmp_path / "out")
+    assert err == "figures.py: 2 runs have not begun, 1 are unfinished\n"
+
+
+def test_results_of_several_machines_add_up(tmp_path, monkeypatch, capsys):
+    lines = lines_of("fig4", tmp_path / "runs", SEEDS="1 2", TASKS="Ant-v3", ALGOS="sac")
+    train(lines)
+    make(monkeypatch, capsys, "fig4", lines, tmp_path / "at-once")
+    for machine in (lines[:2], lines[2:]):
+        shutil.rmtree(tmp_path / "runs")
+        train(machine)
+        make(monkeypatch, capsys, "fig4", lines, tmp_path / "out")
+    for name in ("runs.csv", "curves.csv", "fig4.png"):
+        one, other = (tmp_path / folder / name for folder in ("out", "at-once"))
+        assert one.read_bytes() == other.read_bytes()
+    make(monkeypatch, capsys, "fig4", lines[2:], tmp_path / "out")  # only what is listed is kept
+    assert len(curves.read_runs(tmp_path / "out")) == 2
+
+
+def test_runs_with_other_settings_are_refused(tmp_path, monkeypatch, capsys):
+    lines = lines_of("fig4", tmp_path / "runs", SEEDS="1", TASKS="Ant-v3", ALGOS="ppo")
+    folders = [jobs.parse(line).folder for line in lines]
+    run(tmp_path / "runs", name=folders[0].name)
+    run(tmp_path / "runs", m=1, name=folders[1].name, gamma=0.9)
+    with pytest.raises(SystemExit) as stopped:
+        make(monkeypatch, capsys, "fig4", lines, tmp_path / "out")
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("differ in gamma") and all(str(folder) in line for folder in folders)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_draw_is_one_line(tmp_path, monkeypatch, capsys):
+    for figure, lines, why in (
+        ("fig4", lines_of("fig4", tmp_path, SEEDS="1"), "none of these runs has been trained"),
+        ("fig5", [], "invalid choice"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            make(monkeypatch, capsys, figure, lines, tmp_path / "out")
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("figures.py: error: ") and why in line
+
+
+def test_the_committed_figures_are_drawn_from_their_csvs(tmp_path):
+    """Their tables are what the committed CSV files say."""
+    for folder in ("fig4", "ablate-m"):
+        results = ROOT / "experiments/results" / folder
+        assert (results / f"{folder}.md").read_text() == figures.table(folder, results) + "\n"

@@ -1,0 +1,202 @@
+"""experiments/jobs.py: the queue behind ./run.sh fig4, with real trainings and with stand-ins."""
+
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import jobs
+from support import folders
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--env Pendulum-v1 --hidden 8 --eval-episodes 0 --checkpoint-every 100"
+SAC = f"./run.sh sac.py {SMALL} --batch-size 8 --buffer-size 2000"
+
+
+def line(folder: Path, seed: int = 1, steps: int = 250, more: str = "") -> str:
+    return f"{SAC} --seed {seed} --total-timesteps {steps} --run-dir {folder} {more}".strip()
+
+
+def queue(lines: list[str], count: int = 1) -> jobs.Queue:
+    """A queue that has run all of these lines as far as it could."""
+    made = jobs.Queue([jobs.parse(each) for each in lines], count)
+    try:
+        made.run()
+    except SystemExit as stopped:
+        made.code = stopped.code
+    else:
+        made.code = 0
+    return made
+
+
+def weights(folder: Path) -> list[bytes]:
+    state = torch.load(folder / "weights.pt", weights_only=True)["actor"]
+    return [value.numpy().tobytes() for value in state.values()]
+
+
+def trained(job: jobs.Job) -> int:
+    """How many times its command was started."""
+    return job.log.read_text().count("$ ") if job.log.exists() else 0
+
+
+def test_the_folder_of_a_line_is_the_one_that_its_run_makes(tmp_path, capsys):
+    done = queue([line(tmp_path, more="--quant-m 2 --tag mine")])
+    (job,) = done.jobs
+    assert job.finished and done.code == 0
+    assert folders.trained_steps(job.folder) == 250
+    assert {path.name for path in tmp_path.iterdir()} == {job.folder.name, job.log.name}
+    assert "trained; 0 evaluation episodes follow" in job.log.read_text()
+    assert capsys.readouterr().err.endswith("jobs.py: 1 of 1 done\n")
+
+
+def test_the_folder_of_a_peer(tmp_path):
+    peer = "./run.sh experiments/peers.py --lib sb3 --algo sac --env Ant-v3 --seed 3"
+    job = jobs.parse(f"{peer} --total-timesteps 7 --run-dir {tmp_path}")
+    assert job.folder == tmp_path / "Ant-v3__sb3-sac__seed3" and job.steps == 7
+    source = (ROOT / "experiments/peers.py").read_text()
+    assert 'name = f"{args.env}__{args.lib}-{args.algo}__seed{args.seed}"' in source
+    assert job.settings["lib"] == "sb3"
+
+
+def test_every_line_of_run_sh_is_understood():
+    for figure in ("fig2", "fig3", "fig4", "sb3", "table1", "ablate-m", "ablate-storage"):
+        command = [ROOT / "run.sh", figure, "--list"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        parsed = [jobs.parse(each) for each in text.splitlines()]
+        found = [job.folder for job in parsed if job.folder]
+        assert len(set(found)) == len(found) == (len(parsed) if "ps" in text else 0)
+        assert {job.steps for job in parsed if job.folder} <= {500_000, 1_000_000}
+
+
+def test_finished_runs_are_skipped_and_longer_ones_go_on(tmp_path):
+    lines = [line(tmp_path, seed) for seed in (1, 2)]
+    first = queue(lines, count=2)
+    again = queue(lines)
+    assert [trained(job) for job in again.jobs] == [1, 1] and again.finished == 2
+    longer = queue([line(tmp_path, 1, 400)])
+    assert folders.trained_steps(longer.jobs[0].folder) == 400
+    assert "--resume" in longer.jobs[0].log.read_text()
+    queue([line(tmp_path / "at-once", 1, 400)])
+    assert weights(first.jobs[0].folder) == weights(
+        tmp_path / "at-once" / first.jobs[0].folder.name
+    )
+
+
+def test_a_failed_run_is_told_of_and_does_not_stop_the_others(tmp_path, capsys):
+    bad = line(tmp_path, seed=1).replace("Pendulum-v1", "Pendulums-v1")
+    done = queue([bad, line(tmp_path, seed=2)])
+    assert done.code == 1 and done.finished == 1
+    err = capsys.readouterr().err
+    assert f"jobs.py: failed: {bad}\n  sac.py: error: unknown --env 'Pendulums-v1'" in err
+    assert str(done.failed[0].log) in err and "jobs.py: 1 of 2 done" in err
+
+
+def test_what_another_process_trains_is_left_to_it(tmp_path, capsys):
+    job = jobs.parse(line(tmp_path))
+    job.folder.mkdir()
+    lock = folders.lock(job.folder)
+    done = queue([line(tmp_path), line(tmp_path, seed=2)])
+    folders.unlock(lock)
+    assert done.finished == 1 and trained(job) == 0 and done.code == 0
+    assert f"another process is training {job.folder}\n" in capsys.readouterr().err
+    assert queue([line(tmp_path)]).finished == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    job = jobs.parse(line(tmp_path))
+    job.folder.mkdir()
+    (job.folder / "events.out.tfevents.1.host").write_bytes(b"")
+    assert queue([line(tmp_path)]).finished == 1
+    assert len([*job.folder.glob("events*")]) == 1
+
+
+def test_what_a_user_keeps_in_a_folder_is_not_touched(tmp_path):
+    job = jobs.parse(line(tmp_path))
+    job.folder.mkdir()
+    (job.folder / "mine.txt").touch()
+    done = queue([line(tmp_path)])
+    assert done.failed and "exists" in done.failed[0].last_words()
+    assert (job.folder / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_saves_its_runs_and_the_same_command_goes_on(number, tmp_path):
+    """Ctrl-C reaches the runs once: a second signal would kill them."""
+    rarely = "--checkpoint-every 500"
+    lines = [line(tmp_path / "runs", seed, 2000, rarely) for seed in (1, 2)]
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, ROOT / "experiments/jobs.py", "--jobs", "1"]
+    process = subprocess.Popen(command, process_group=0, **pipes)
+    process.stdin.write("\n".join(lines) + "\n")
+    process.stdin.close()
+    first, second = (jobs.parse(each) for each in lines)
+    while not (first.folder / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    said = process.stderr.read()
+    assert process.wait() == 128 + number
+    assert "jobs.py: stopped; the same command goes on" in said and "failed" not in said
+    assert re.search(r"saved as of step \d+; resume with", first.last_words())
+    assert not second.folder.exists()
+    done = queue(lines, count=2)
+    assert done.finished == 2 and [trained(job) for job in done.jobs] == [2, 1]
+    (straight,) = queue([line(tmp_path / "straight", 1, 2000, rarely)]).jobs
+    assert weights(first.folder) == weights(straight.folder)
+
+
+def test_progress_is_read_from_the_logs(tmp_path):
+    job = jobs.parse(line(tmp_path, steps=900))
+    assert job.advance() == 0
+    queue([line(tmp_path, steps=450)])  # two episodes of 200 steps
+    assert job.advance() == 400 * job.cost and job.done == 400
+    assert job.advance() == 0
+
+
+def test_one_line_in_place_of_the_program(tmp_path, monkeypatch):
+    """As a task of SLURM: the script itself gets the signals, with as many threads as it may."""
+    started = []
+    monkeypatch.setattr(os, "execvpe", lambda *what: started.append(what))
+    monkeypatch.setattr(os, "chdir", lambda _: None)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    job = jobs.parse(line(tmp_path))
+    jobs.become(job)
+    ((program, words, environment),) = started
+    assert program == "./run.sh" and environment["OMP_NUM_THREADS"] == "3"
+    assert words == [*shlex.split(job.line), "--run-name", job.folder.name]
+    queue([line(tmp_path)])
+    jobs.become(job)
+    assert len(started) == 1
+    jobs.become(jobs.parse(line(tmp_path, steps=300)))
+    assert started[1][1][-1] == "--resume"
+    lock = folders.lock(job.folder)
+    with pytest.raises(SystemExit, match="another process is training"):
+        jobs.become(jobs.parse(line(tmp_path, steps=300)))
+    folders.unlock(lock)
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "why"),
+    [
+        ("python sac.py", [], "begins with ./run.sh"),
+        ("./run.sh", [], "begins with ./run.sh"),
+        ("./run.sh experiments/peers.py --lib sb3", [], "--env"),
+        ("", ["--jobs", "0"], "--jobs 0 must be at least 1"),
+        ("", ["--jobs", "x"], "invalid int"),
+    ],
+)
+def test_bad_input_is_one_line(text, argv, why, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text + "\n"))
+    with pytest.raises(SystemExit) as stopped:
+        jobs.main(argv)
+    assert stopped.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("jobs.py: error: ") and why in said
