@@ -188,7 +188,7 @@ def test_one_line_in_place_of_the_program(tmp_path, monkeypatch):
     [
         ("python sac.py", [], "begins with ./run.sh"),
         ("./run.sh", [], "begins with ./run.sh"),
-        ("./run.sh experiments/peers.py --lib sb3", [], "--env"),
+        ("./run.sh experiments/peers.py --lib sb3", [], "lacks --algo"),
         ("", ["--jobs", "0"], "--jobs 0 must be at least 1"),
         ("", ["--jobs", "x"], "invalid int"),
     ],
