@@ -85,14 +85,14 @@ def make(env_id: str, **options: Any) -> gym.Env:
             raise ValueError(f"cannot make '{env_id}': {why}; try {', '.join(close)}") from error
         raise ValueError(f"unknown --env '{env_id}'; closest: {', '.join(close)}") from error
     spaces = (getattr(env, f"{name}_space", None) for name in ("observation", "action"))
-    problem = _unsuitable(*spaces)
+    problem = unsuitable(*spaces)
     if problem:
         env.close()
         raise ValueError(f"--env '{env_id}' {problem}")
     return env
 
 
-def _unsuitable(obs_space: gym.Space | None, action_space: gym.Space | None) -> str | None:
+def unsuitable(obs_space: gym.Space | None, action_space: gym.Space | None) -> str | None:
     """What keeps these spaces from being used here, as the end of a sentence; None if nothing."""
     for kind, space in (("observations", obs_space), ("actions", action_space)):
         if not isinstance(space, Box) or len(space.shape) != 1 or not space.shape[0]:

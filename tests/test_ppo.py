@@ -6,9 +6,12 @@ import re
 import gymnasium as gym
 import numpy as np
 import pytest
+import stable_baselines3 as sb3
 import torch
 import torch.nn.functional as F
 from helpers import scalars
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from test_networks import separate
 from test_recording import Checked
 from torch import nn
@@ -326,11 +329,6 @@ def test_an_update_equals_a_plain_reimplementation_of_sb3s(
 @pytest.mark.parametrize("eager", [False, True])
 def test_eighty_minibatches_equal_stable_baselines3s(tmp_path, monkeypatch, eager):
     """From the same weights and minibatches as SB3's own `PPO.train`."""
-    why = "stable-baselines3 is not installed; experiments/requirements.txt has it"
-    sb3 = pytest.importorskip("stable_baselines3", reason=why)
-    from stable_baselines3.common.logger import Logger
-    from stable_baselines3.common.type_aliases import RolloutBufferSamples
-
     args = tiny(
         tmp_path, hidden=64, quant_m=1, n_epochs=10, batch_size=32, ent_coef=0.01, eager=eager
     )

@@ -8,9 +8,12 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 import pytest
+import stable_baselines3 as sb3
 import torch
 import torch.nn.functional as F
 from helpers import scalars
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from test_networks import separate
 from test_recording import Checked, assert_close
 from torch import nn
@@ -347,11 +350,6 @@ def test_updates_equal_a_plain_reimplementation_of_sb3s_order(
 @pytest.mark.parametrize("eager", [False, True])
 def test_fifty_updates_equal_stable_baselines3s(tmp_path, monkeypatch, eager):
     """From the same weights, noise and batches as SB3's own `SAC.train`."""
-    why = "stable-baselines3 is not installed; experiments/requirements.txt has it"
-    sb3 = pytest.importorskip("stable_baselines3", reason=why)
-    from stable_baselines3.common.logger import Logger
-    from stable_baselines3.common.type_aliases import ReplayBufferSamples
-
     noises, randn = [], torch.randn
     monkeypatch.setattr(
         torch, "randn", lambda *size, **kw: noises.append(randn(*size, **kw)) or noises[-1]
