@@ -28,9 +28,10 @@ cd -- "${script%/*}"
 setup() {
     local venv=$1 requirements=$2 python stamp
     stamp="$venv/${requirements//\//-}.stamp"
-    if "$venv/bin/python" -c "" 2>/dev/null; then
-        cat requirements.txt "$requirements" | cmp -s - "$stamp" && return
-    fi
+    is_set_up "$venv" "$requirements" "$stamp" && return
+    exec 9>"$venv.lock" # the jobs of a cluster begin all at once: one of them installs
+    flock 9
+    is_set_up "$venv" "$requirements" "$stamp" && exec 9>&- && return
     for python in python3 python3.14 python3.13 python3.12 python3.11 ""; do
         [ -n "$python" ] || { echo "run.sh: Python 3.11 or newer is needed" >&2; exit 1; }
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
@@ -49,7 +50,11 @@ setup() {
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
     cat requirements.txt "$requirements" >"$stamp"
     trap - EXIT
+    exec 9>&-
 }
+
+# is_set_up VENV REQUIREMENTS STAMP: whether Python works there and REQUIREMENTS are as they were.
+is_set_up() { "$1/bin/python" -c "" 2>/dev/null && cat requirements.txt "$2" | cmp -s - "$3"; }
 
 # --- The figures: each list prints command lines, one per line, ready to paste --------------------
 
@@ -176,7 +181,8 @@ make() {
 
 case "${1-}" in
 test)
-    setup .venv tests/requirements.txt
+    setup .venv tests/requirements.txt # with all of requirements.txt
+    cat requirements.txt requirements.txt >.venv/requirements.txt.stamp
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
     .venv/bin/python -m pytest "${@:2}"
@@ -204,6 +210,10 @@ reproduce)
     unset OMP_NUM_THREADS
     .venv/bin/python experiments/speed.py --cores 2 --rounds "${ROUNDS:-5}" --out $results/speed.csv
     .venv/bin/python experiments/scaling.py --rounds 2 --out $results/scaling.csv
+    ;;
+play)
+    setup .venv requirements.txt
+    exec .venv/bin/python experiments/play.py "${@:2}"
     ;;
 experiments/peers.py)
     setup .venv-bench experiments/requirements.txt

@@ -35,8 +35,10 @@ def differing(runs: list[Run]) -> list[str]:
         for name, value in run.settings.items():
             values[name, name not in ("algo", "lib") and program].add(repr(value))
     ignored = curves.NO_DIFFERENCE | {"env"}
-    found = (name for (name, _), each in values.items() if len(each) > 1 and name not in ignored)
-    return list(dict.fromkeys(found))
+    found = {name for (name, _), each in values.items() if len(each) > 1} - ignored
+    return [
+        name for name in dict.fromkeys(["algo", "lib", *(n for n, _ in values)]) if name in found
+    ]
 
 
 def label(run: Run, names: list[str]) -> str:
@@ -139,7 +141,7 @@ def compare(args: argparse.Namespace) -> str:
             print(f"compare.py: left out {folder}: {error}", file=sys.stderr)
     if not runs:
         raise ValueError("none of these runs can be read")
-    by = args.by and [name.lstrip("-").replace("-", "_") for name in args.by]
+    by = args.by and [name.replace("-", "_") for name in args.by]
     panels = group(runs, by)
     names = dict.fromkeys(name for groups in panels.values() for name in groups)
     looks = {

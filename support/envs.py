@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import mujoco
@@ -59,11 +60,12 @@ V3_TASKS = {
 }
 
 
-def make(env_id: str) -> gym.Env:
+def make(env_id: str, **options: Any) -> gym.Env:
     """Make one environment, whose observations and bounded actions are flat Boxes.
 
     Args:
         env_id: one of `V3_TASKS` or any registered Gymnasium id.
+        options: of `gym.make`: render_mode="rgb_array" for images.
 
     Raises:
         ValueError: unknown id (with the closest names) or unsuitable spaces (with what was found).
@@ -71,7 +73,7 @@ def make(env_id: str) -> gym.Env:
     try:
         with warnings.catch_warnings():  # an outdated id is told of in the one line below, or works
             warnings.simplefilter("ignore", DeprecationWarning)
-            env = gym.make(V3_TASKS.get(env_id, env_id))
+            env = gym.make(V3_TASKS.get(env_id, env_id), **options)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # even sys.exit: the environment's code may do anything
@@ -131,10 +133,10 @@ class VectorEnv(gym.vector.SyncVectorEnv):
 
     LONGEST = 10_000  # steps; longer episodes are not replayed
 
-    def __init__(self, env_id: str, num_envs: int):
+    def __init__(self, env_id: str, num_envs: int, **options: Any):
         disabled = gym.vector.AutoresetMode.DISABLED
         try:
-            super().__init__([lambda: make(env_id)] * num_envs, autoreset_mode=disabled)
+            super().__init__([lambda: make(env_id, **options)] * num_envs, autoreset_mode=disabled)
         except RuntimeError as error:  # Gymnasium's, when they have different spaces
             raise ValueError(f"--env '{env_id}' cannot be used: {_first_line(error)}") from error
         self.env_id = env_id
@@ -294,9 +296,9 @@ class VectorEnv(gym.vector.SyncVectorEnv):
             super().close_extras(**kwargs)
 
 
-def make_vector(env_id: str, num_envs: int) -> VectorEnv:
+def make_vector(env_id: str, num_envs: int, **options: Any) -> VectorEnv:
     """`make` num_envs times, to be stepped together. Raises ValueError, as `make` does."""
-    return VectorEnv(env_id, num_envs)
+    return VectorEnv(env_id, num_envs, **options)
 
 
 def _rng_state(env: gym.Env) -> dict | None:
@@ -316,7 +318,12 @@ def _first_line(error: BaseException) -> str:
 
 @torch.no_grad()
 def evaluate(
-    env_id: str, act: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int
+    env_id: str,
+    act: Callable[[np.ndarray], np.ndarray],
+    episodes: int,
+    seed: int,
+    watch: Callable[[int, int, VectorEnv], None] | None = None,
+    **options: Any,
 ) -> list[float]:
     """Returns of whole episodes under a policy, each episode of at most 10,000 steps.
 
@@ -325,6 +332,8 @@ def evaluate(
         act: observation (n,) -> action (k,) within the environment's bounds.
         episodes: how many.
         seed: of the first reset; the others go on from there.
+        watch: gets the numbers of episode and step, from 0, and the envs, one, before every step.
+        options: as for `make`.
 
     Raises:
         EnvironmentFault: see there.
@@ -332,14 +341,16 @@ def evaluate(
     if episodes == 0:
         return []
     try:
-        env = make_vector(env_id, 1)
+        env = make_vector(env_id, 1, **options)
     except ValueError as error:  # a second one, where there may be only one at a time
         raise EnvironmentFault(f"{env_id} was not evaluated: {error}") from error
     returns = []
     for episode in range(episodes):
         (obs,), _ = env.reset(seed=seed if episode == 0 else None)
         returns.append(0.0)
-        for _ in range(10_000):
+        for step in range(10_000):
+            if watch:
+                watch(episode, step, env)
             (obs,), (reward,), (terminated,), (truncated,), _ = env.step(act(obs)[None])
             returns[-1] += float(reward)
             if terminated or truncated:

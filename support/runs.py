@@ -43,6 +43,7 @@ from support.progress import Progress
 from support.recording import StaleRecording
 
 ROOT = Path(__file__).parent.parent
+EVALUATION_SEED = 10_000  # added to --seed: that of the first evaluation episode
 
 
 # --- What a result depends on ---------------------------------------------------------------------
@@ -284,7 +285,10 @@ class Run:
             "clamped": clamped.report(),
             "return_last_tenth": trained,
             "evaluation": evaluate(
-                self.args.env, best_action, self.args.eval_episodes, self.args.seed + 10_000
+                self.args.env,
+                best_action,
+                self.args.eval_episodes,
+                self.args.seed + EVALUATION_SEED,
             ),
             **more,
             "args": asdict(self.args),

@@ -173,6 +173,8 @@ def test_every_command_parses(page, stops_when_parsed, monkeypatch):
     for words in commands(page):
         if words[0] == "./run.sh" and (len(words) == 1 or words[1] in ("test", "reproduce")):
             assert all((ROOT / word).exists() for word in words[2:] if word.endswith(".py"))
+        elif words[:2] == ["./run.sh", "play"]:
+            assert parses(["experiments/play.py", *words[2:]], monkeypatch), " ".join(words)
         elif words[1:2] != ["-m"]:
             assert parses(words[1:], monkeypatch), " ".join(words)
 

@@ -72,6 +72,12 @@ def test_sets_up_once_then_passes_the_command_line_and_exit_code_on(house):
     assert len(pip_calls(house)) == 1
 
 
+def test_play_is_an_experiment(house):
+    done = run(house / "run.sh", "play", "runs/a b", "--video", "walk.mp4")
+    command = ".venv/bin/python experiments/play.py runs/a b --video walk.mp4\n"
+    assert (done.returncode, done.stdout) == (3, command)
+
+
 def test_peers_have_an_environment_of_their_own(house):
     done = run(house / "run.sh", "experiments/peers.py", "--help")
     assert done.stdout == ".venv-bench/bin/python experiments/peers.py --help\n"
@@ -158,7 +164,7 @@ def test_a_venv_whose_python_is_gone_is_repaired_and_never_removed(house, pip_fa
 
 def test_without_python_it_is_one_line(house):
     (house.parent / "bin/python3").unlink()
-    names = ("bash", "readlink", "cat", "cmp", "env")
+    names = ("bash", "readlink", "cat", "cmp", "env", "flock")
     for name in names:
         (house.parent / "bin" / name).symlink_to(shutil.which(name))
     environment = os.environ | {"PATH": str(house.parent / "bin")}
