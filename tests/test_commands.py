@@ -51,6 +51,7 @@ RULES = [
 ]
 # What runs these very tests, takes hours or needs another environment; git's are in test_hacks.py.
 NOT_RUN = [r"\./run\.sh (test|reproduce)\b.*", r"\./run\.sh experiments/peers\.py --help"]
+NOT_RUN += [r"sbatch .*"]  # but see test_slurm.py
 NOT_RUN += [r"source \.venv/bin/activate", r"git .*", r"tensorboard --logdir \S+"]
 PYTHON = f"""#!{sys.executable}
 import shlex, sys

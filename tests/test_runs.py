@@ -433,7 +433,8 @@ def test_an_existing_name_is_refused_without_resume_unless_it_is_empty(some):
     assert "exists; add --resume to go on with it, or" in some.refused(**again)
     (some.folder / "mine" / "checkpoint.pt").rename(some.folder / "mine" / "log")
     assert some.refused(**again).endswith("exists; choose another --run-name")
-    (some.folder / "mine" / "log").unlink()  # as of a run that was stopped before it began
+    (some.folder / "mine" / "log").unlink()
+    (some.folder / "mine" / folders.LOCK).touch()  # as of a run that was stopped before it began
     assert find(some.args(**again)).path == some.folder / "mine"
 
 
