@@ -184,8 +184,6 @@ def set_threads(batch_size: int, inputs: int, hidden: int) -> None:
     """
     if 2 * batch_size * max(inputs, hidden) * hidden < 8e6:  # operations of the largest product
         torch.set_num_threads(1)
-    # MKL sets itself up in its first products. Where two threads did that at once, a run in 40 on
-    # an Intel machine ended with other last bits. Products as small as these take one thread.
-    small = torch.ones(1, 2, 2)
-    torch.addmm(small[0], small[0], small[0])
-    torch.baddbmm(small, small, small)
+    # MKL sets itself up in its first products. Two threads at once once got other last bits.
+    small = torch.ones(1, 2, 2)  # so few numbers that one thread multiplies them
+    torch.baddbmm(torch.addmm(small[0], small[0], small[0]), small, small)

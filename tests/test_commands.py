@@ -20,8 +20,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
-from test_docs import LANGUAGE, PAGES, commands
+from test_docs import LANGUAGE, PAGES, commands, words_of
+from test_play import Clock
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path("experiments/results")
@@ -36,8 +38,10 @@ RULES = [
     (r".*--resume", "--total-timesteps 130"),  # beyond the run that it goes on with
     (r"memory\.py", ""),
     (r"memory\.py.*--measure", "--buffer-size 1000"),
+    (r"\./run\.sh (fig\d|sb3|table1|ablate-\S+)", "--list"),
+    (r"experiments/play\.py", "--episodes 1"),
     (r"experiments/survey\.py", "--steps 50"),
-    (r"experiments/plot\.py", ""),
+    (r"experiments/(figures|compare)\.py", ""),
     (r"experiments/ablation\.py states", "--steps 60 --visits 20 --env HalfCheetah-v3"),
     (r"experiments/ablation\.py speed", "--steps 60 --rounds 1 --env HalfCheetah-v3"),
     (r"experiments/ablation\.py (errors|table)", ""),
@@ -49,9 +53,11 @@ RULES = [
     # Each of its measurements takes seconds, and no option leaves one alone.
     (r"experiments/scaling\.py", f"--draw --out {RESULTS}/scaling.csv"),
 ]
-# What runs these very tests, takes hours or needs another environment; git's are in test_hacks.py.
+# What runs these very tests, takes hours, needs another environment or OpenGL, which test_play.py
+# looks for; git's are in test_hacks.py.
 NOT_RUN = [r"\./run\.sh (test|reproduce)\b.*", r"\./run\.sh experiments/peers\.py --help"]
 NOT_RUN += [r"sbatch .*"]  # but see test_slurm.py
+NOT_RUN += [r"python experiments/play\.py runs/stills .*"]
 NOT_RUN += [r"source \.venv/bin/activate", r"git .*", r"tensorboard --logdir \S+"]
 PYTHON = f"""#!{sys.executable}
 import shlex, sys
@@ -169,14 +175,16 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a short finished run."""
+def finished(tmp_path_factory) -> Iterator[Path]:
+    """The folder of a short finished run, of an environment that is drawn without OpenGL."""
     folder = tmp_path_factory.mktemp("finished")
-    words = ["sac.py", "--env", "Pendulum-v1", "--quant-m", "2", "--total-timesteps", "220"]
+    gym.register("Clock-v0", Clock)
+    words = ["sac.py", "--env", "Clock-v0", "--quant-m", "2", "--total-timesteps", "220"]
     words += ["--learning-starts", "200", "--buffer-size", "300", "--eval-episodes", "1"]
     code, _, said = run([*words, "--run-dir", str(folder), "--run-name", "run"])
     assert code == 0, said
-    return folder / "run"
+    yield folder / "run"
+    del gym.registry["Clock-v0"]
 
 
 @pytest.fixture
@@ -216,7 +224,7 @@ def test_every_command_runs(page, in_workplace):
 def test_nothing_else_is_told_to_run(page):
     scripts = [code for language, code in LANGUAGE.findall(page.read_text()) if language == "bash"]
     for line in "".join(scripts).replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        words = words_of(line)
         if words and words[0] not in ("python", "./run.sh"):
             assert not is_run(shlex.join(words)), f"nothing runs this: {line}"
 

@@ -17,6 +17,17 @@ import memory
 ROOT = Path(__file__).parent.parent
 README, MEMORY = ROOT / "README.md", ROOT / "docs/memory.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments/results/README.md"]
+RUN_SH = (
+    "test",
+    "reproduce",
+    "fig2",
+    "fig3",
+    "fig4",
+    "sb3",
+    "table1",
+    "ablate-m",
+    "ablate-storage",
+)
 LANGUAGE = re.compile(r"```(\w*)\n(.*?)```", flags=re.S)
 
 
@@ -36,13 +47,18 @@ def cells(page: Path) -> list[str]:
     return [cell.strip() for row in rows for cell in re.split(r"(?<!\\)\|", row)[2:-1]]
 
 
+def words_of(line: str) -> list[str]:
+    """A line of a shell without its comment, and without the variables that it begins with."""
+    return shlex.split(re.sub(r"^([A-Z]+=(\".*?\"|\S+) )+", "", line), comments=True)
+
+
 def commands(page: Path) -> list[list[str]]:
     """Words of every `python ...` and `./run.sh ...` of a page, in blocks and in sentences."""
     text = page.read_text()
     scripts = [code for language, code in LANGUAGE.findall(text) if language == "bash"]
     lines = [line for code in scripts for line in code.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`((?:python|\./run\.sh) [^`]*)`", prose(page))
-    found = [shlex.split(line, comments=True) for line in lines]
+    found = [words_of(line) for line in lines]
     return [words for words in found if words and words[0] in ("python", "./run.sh")]
 
 
@@ -115,7 +131,7 @@ def test_every_result_and_how_it_was_made_is_listed():
         str(p.relative_to(results)) for p in results.rglob("*") if p.suffix in (".csv", ".png")
     }
     text = (results / "README.md").read_text()
-    listed = set(re.findall(r"`([\w/]+\.(?:csv|png))`", text))
+    listed = set(re.findall(r"`([\w/-]+\.(?:csv|png))`", text))
     assert files == listed
 
 
@@ -171,10 +187,11 @@ def parses(words: list[str], monkeypatch) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_parses(page, stops_when_parsed, monkeypatch):
     for words in commands(page):
-        if words[0] == "./run.sh" and (len(words) == 1 or words[1] in ("test", "reproduce")):
+        if words[0] == "./run.sh" and (len(words) == 1 or words[1] in RUN_SH):
             assert all((ROOT / word).exists() for word in words[2:] if word.endswith(".py"))
-        elif words[:2] == ["./run.sh", "play"]:
-            assert parses(["experiments/play.py", *words[2:]], monkeypatch), " ".join(words)
+        elif words[0] == "./run.sh" and words[1] in ("play", "compare"):
+            words = [f"experiments/{words[1]}.py", *words[2:]]
+            assert parses(words, monkeypatch), " ".join(words)
         elif words[1:2] != ["-m"]:
             assert parses(words[1:], monkeypatch), " ".join(words)
 

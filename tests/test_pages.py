@@ -128,12 +128,12 @@ FIGURES = {  # as an answer quotes it: where it comes from
     "0.005": lambda: error_of("m=2", "worst"),
     "752": lambda: error_of("m=2", "bytes"),
     "706": lambda: error_of("m=2 packed", "bytes"),
-    "318": lambda: mean(returns("ablation/runs.csv", "sac", "m=0")),
-    "2542": lambda: mean(returns("ablation/runs.csv", "sac", "m=2")),
-    "287": lambda: min(returns("runs.csv", "ppo", "m=1")),
-    "779": lambda: max(returns("runs.csv", "ppo", "m=1")),
+    "318": lambda: mean(returns("ablate-m/runs.csv", "sac", "m=0")),
+    "2542": lambda: mean(returns("ablate-m/runs.csv", "sac", "m=2")),
+    "287": lambda: min(returns("fig4/runs.csv", "ppo", "m=1")),
+    "779": lambda: max(returns("fig4/runs.csv", "ppo", "m=1")),
     "127": lambda: SCRIPTS["sac"].Args.quant_b,
-    "120": lambda: max(float(row["max_abs_obs"] or 0) for row in results("runs.csv")),
+    "120": lambda: max(float(row["max_abs_obs"] or 0) for row in results("fig4/runs.csv")),
     "6,096": lambda: max(layouts().values()),
     "3,082": lambda: layouts()["ours: float64"],
     "3,613": largest_of_humanoid_v5,
@@ -168,9 +168,9 @@ def test_figure(figure):
 
 def test_overlaps_that_the_answers_claim():
     for algo, name, method in (
-        ("sac", "ablation/runs.csv", "float16"),
-        ("ppo", "runs.csv", "m=1"),
-        ("sac", "runs.csv", "m=2"),
+        ("sac", "ablate-m/runs.csv", "float16"),
+        ("ppo", "fig4/runs.csv", "m=1"),
+        ("sac", "fig4/runs.csv", "m=2"),
     ):
         ours, other = returns(name, algo, method), returns(name, algo, "float64")
         assert max(min(ours), min(other)) <= min(max(ours), max(other))
