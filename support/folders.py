@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 from support import arguments, checkpoints
 from support.errors import EnvironmentFault
 
-LOCKS: dict[int, os.stat_result] = {}  # file descriptors of folders that are trained in here
+LOCK = ".lock"  # the file in a run's folder that is locked
+LOCKS: dict[int, os.stat_result] = {}  # file descriptors of those locked here
 FORMAT = 3  # of checkpoints; raise it when the meaning of what is saved changes
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
 
@@ -122,9 +124,11 @@ def _create(args: Any, name: str) -> Folder:
                 raise ValueError(
                     f"cannot create {path}: {error.filename} is a link to nothing"
                 ) from None
-            if args.run_name and path.is_dir() and not any(path.iterdir()):
+            if args.run_name and path.is_dir() and set(os.listdir(path)) <= {LOCK}:
                 break  # of a run that was stopped before it began
             if args.run_name:
+                if (path / LOCK).exists():
+                    unlock(lock(path))  # says so if another process is training it
                 resumable = _why_not_resumable(path, args.total_timesteps) is None
                 remedy = "add --resume to go on with it, or " if resumable else ""
                 raise ValueError(f"{path} exists; {remedy}choose another --run-name") from None
@@ -157,15 +161,26 @@ def trained_steps(path: Path) -> int:
 
 
 def lock(path: Path, asked: str = "") -> int:
-    """Lock a folder until `unlock`, or this process ends. asked: begins the message."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Lock a folder until `unlock`, or this process ends. asked: begins the message.
+
+    What is locked is a file in it that is open for writing. Of a folder, and of a file that is only
+    read, NFS has no locks that another machine would see.
+
+    Raises:
+        ValueError: another process has locked it, or it cannot be written to.
+    """
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ValueError(f"{asked}cannot train in {path}: {error.strerror}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ValueError(f"{asked}another process is training {path}") from None
-    except OSError:
-        pass  # this file system has no locks
+    except OSError as error:
+        told = f"warning: nothing keeps a second process from training {path}, as its file system"
+        print(f"{told} has no locks: {error.strerror}", file=sys.stderr)
     LOCKS[descriptor] = os.fstat(descriptor)
     _give_children_no_locks()
     return descriptor

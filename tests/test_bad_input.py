@@ -5,7 +5,6 @@ the last good state is saved. The lines run in this process as the scripts run t
 in a process of its own, exit codes and what libraries print by themselves, is run in one.
 """
 
-import fcntl
 import os
 import re
 import shlex
@@ -27,6 +26,7 @@ from odd import Odd
 import memory
 import sac
 from support import checkpoints, errors
+from support.folders import LOCK, lock, unlock
 
 ROOT = Path(sac.__file__).parent
 COMMON = "--env Pendulum-v1 --hidden 8 --total-timesteps 64 --eval-episodes 1"
@@ -45,8 +45,9 @@ def run(name: str, line: str) -> dict:
 
 
 def snapshot(folder: Path) -> dict[Path, bytes | None]:
-    """All that is in a folder."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """All that is in a folder, but for what is locked."""
+    paths = [path for path in folder.rglob("*") if path.name != LOCK]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 # --- Command lines -------------------------------------------------------------------------------
@@ -145,15 +146,14 @@ def folders(tmp_path_factory) -> Iterator[dict[str, Path]]:
         for run_name, content in contents.items():
             (root / run_name).mkdir()
             (root / run_name / "checkpoint.pt").write_bytes(content)
-        locks.append(os.open(root / "busy", os.O_RDONLY))
-        fcntl.flock(locks[-1], fcntl.LOCK_EX)
+        locks.append(lock(root / "busy"))
         (root / "bare").mkdir()
         (root / "bare" / "precious").write_text("data")
     for name, other in (("sac", "ppo"), ("ppo", "sac")):
         shutil.copytree(made[other] / "runs/stopped", made[name] / "runs/other")
     yield made
-    for lock in locks:
-        os.close(lock)
+    for each in locks:
+        unlock(each)
 
 
 def one_by_one(rows: list[tuple]) -> list[tuple]:
@@ -412,7 +412,7 @@ def test_a_fault_ends_the_run_in_one_line_and_mended_it_goes_on(
     assert int(step) == good * count
     (folder,) = Path("runs").iterdir()
     left = {path.name for path in folder.iterdir() if not path.name.startswith("events.")}
-    assert left == {"checkpoint.pt"}
+    assert left == {LOCK, "checkpoint.pt"}
 
     register(lambda: Odd(length=LENGTH))
     python, script, *words = shlex.split(command)

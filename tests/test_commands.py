@@ -56,6 +56,7 @@ RULES = [
 # What runs these very tests, takes hours, needs another environment or OpenGL, which test_play.py
 # looks for; git's are in test_hacks.py.
 NOT_RUN = [r"\./run\.sh (test|reproduce)\b.*", r"\./run\.sh experiments/peers\.py --help"]
+NOT_RUN += [r"sbatch .*"]  # but see test_slurm.py
 NOT_RUN += [r"python experiments/play\.py runs/stills .*"]
 NOT_RUN += [r"source \.venv/bin/activate", r"git .*", r"tensorboard --logdir \S+"]
 PYTHON = f"""#!{sys.executable}

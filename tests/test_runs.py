@@ -3,6 +3,8 @@
 The script that is run here is toy.py; sac.py and ppo.py follow in test_resume.py and test_kill.py.
 """
 
+import errno
+import fcntl
 import io
 import itertools
 import json
@@ -10,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +24,7 @@ import pytest
 import torch
 import toy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_checkpoints import files_in, same, signed
+from test_checkpoints import same, signed
 
 from support import checkpoints, folders, runs
 from support.envs import EnvironmentFault
@@ -52,6 +55,12 @@ def plant(folder: Path, file: bytes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "checkpoint.pt").write_bytes(file)
     return folder
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """But for the one that is locked."""
+    files = [path for path in folder.iterdir() if path.name != folders.LOCK]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def find(args) -> folders.Folder:
@@ -220,7 +229,7 @@ class Runs:
     def __init__(self, folder: Path, file: bytes):
         self.folder, self.file, self.clock = folder, file, itertools.count()
         self.base = find(make_args(folder, run_name=None, resume=False)).path.name
-        (folder / self.base).rmdir()
+        shutil.rmtree(folder / self.base)
 
     def add(self, suffix: str, result: str | None = None, file: bytes | None = None) -> None:
         """The newest so far."""
@@ -258,6 +267,42 @@ def test_new_runs_get_the_next_free_number_and_are_locked(some):
         assert_unlocked(folder.path)
 
 
+def test_the_lock_is_one_that_nfs_has(some, monkeypatch, capfd):
+    """None of a folder, and of a file only if it is open for writing."""
+    flock = fcntl.flock
+
+    def flock_of_nfs(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_of_nfs)
+    folder = folders.find_folder("toy.py", some.args(resume=False), toy.CPU)
+    with pytest.raises(ValueError, match=f"another process is training {folder.path}"):
+        folders.lock(folder.path)
+    folders.unlock(folder.lock)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_system_without_locks_is_told_of(some, monkeypatch, capfd):
+    def no_flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    path = find(some.args(resume=False)).path
+    assert capfd.readouterr().err == (
+        f"warning: nothing keeps a second process from training {path}, as its file system has "
+        "no locks: No locks available\n"
+    )
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(some, monkeypatch):
+    some.add("")
+    (some.folder / some.base / folders.LOCK).mkdir()  # root may write everywhere else
+    path = some.folder / some.base
+    assert some.refused() == f"--resume: cannot train in {path}: Is a directory"
+
+
 def test_a_child_that_outlives_its_parent_does_not_keep_the_lock(some):
     folder = folders.find_folder("toy.py", some.args(resume=False), toy.CPU)
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
@@ -290,8 +335,10 @@ def test_a_child_that_an_environment_forks_can_be_ended(tmp_path):
 def test_the_loser_of_two_runs_with_one_name_is_told_so(some, monkeypatch):
     (some.folder / "mine").mkdir()  # by the winner, a moment ago
     lock = folders.lock(some.folder / "mine")
-    told = some.refused(run_name="mine", resume=False)
-    assert told == f"another process is training {some.folder / 'mine'}"
+    told = f"another process is training {some.folder / 'mine'}"
+    assert some.refused(run_name="mine", resume=False) == told
+    plant(some.folder / "mine", some.file)  # which has begun by now
+    assert some.refused(run_name="mine", resume=False) == told
     folders.unlock(lock)
 
 
@@ -386,7 +433,8 @@ def test_an_existing_name_is_refused_without_resume_unless_it_is_empty(some):
     assert "exists; add --resume to go on with it, or" in some.refused(**again)
     (some.folder / "mine" / "checkpoint.pt").rename(some.folder / "mine" / "log")
     assert some.refused(**again).endswith("exists; choose another --run-name")
-    (some.folder / "mine" / "log").unlink()  # as of a run that was stopped before it began
+    (some.folder / "mine" / "log").unlink()
+    (some.folder / "mine" / folders.LOCK).touch()  # as of a run that was stopped before it began
     assert find(some.args(**again)).path == some.folder / "mine"
 
 
