@@ -30,7 +30,7 @@ setup() {
     stamp="$venv/${requirements//\//-}.stamp"
     is_set_up "$venv" "$requirements" "$stamp" && return
     exec 9>"$venv.lock" # the jobs of a cluster begin all at once: one of them installs
-    flock 9
+    flock 9 || true     # or all do, on a file system without locks
     is_set_up "$venv" "$requirements" "$stamp" && exec 9>&- && return
     for python in python3 python3.14 python3.13 python3.12 python3.11 ""; do
         [ -n "$python" ] || { echo "run.sh: Python 3.11 or newer is needed" >&2; exit 1; }

@@ -112,9 +112,9 @@ class Job:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables of a process that is to take so many threads."""
+    """Variables of a process that is to take so many threads, and to print lines as they come."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return os.environ | dict.fromkeys(names, str(threads))
+    return os.environ | dict.fromkeys(names, str(threads)) | {"PYTHONUNBUFFERED": "1"}
 
 
 def clear(folder: Path) -> None:

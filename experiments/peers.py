@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support import envs, folders
+from support import envs, errors, folders
 from support.checkpoints import replacing
 
 LIBRARIES = {  # --lib: module, packages whose versions are printed
@@ -73,9 +73,10 @@ def main(args: argparse.Namespace) -> None:
     name = f"{args.env}__{args.lib}-{args.algo}__seed{args.seed}"
     folder = Path(args.run_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
-    folders.lock(folder)
-    if [*folder.glob("events.*")]:  # never two runs in one folder
-        raise SystemExit(f"peers.py: error: {folder} exists; choose another --run-dir")
+    with errors.refusing("peers.py"):
+        folders.lock(folder)
+        if [*folder.glob("events.*")]:  # never two runs in one folder
+            raise ValueError(f"{folder} exists; choose another --run-dir")
     writer = SummaryWriter(str(folder))
     settings = "".join(f"|{key}|{value}|\n" for key, value in vars(args).items())
     writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{settings}")

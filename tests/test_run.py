@@ -29,8 +29,8 @@ def house(tmp_path, monkeypatch):
         shutil.copy(ROOT / name, tmp_path / "house" / name)
     for name in ("requirements.txt", "tests/requirements.txt", "experiments/requirements.txt"):
         (tmp_path / "house" / name).write_text(f"# {name}\n")
-    (tmp_path / "house/tests/install_slurm.sh").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "house/tests/install_slurm.sh").chmod(0o755)
+    (tmp_path / "house/tests/install_system.sh").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "house/tests/install_system.sh").chmod(0o755)
     (tmp_path / "bin/python3").write_text(PYTHON)
     (tmp_path / "bin/python3").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")

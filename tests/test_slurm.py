@@ -20,7 +20,7 @@ from support import arguments
 
 ROOT = Path(sac.__file__).parent
 MISSING = slurm.missing()
-WHY = f"SLURM is not installed (no {', '.join(MISSING)}); as root: tests/install_slurm.sh"
+WHY = f"SLURM is not installed (no {', '.join(MISSING)}); as root: tests/install_system.sh"
 FIXED = {"TASKS": "Pendulum-v1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 DONE = ("COMPLETED", "0:0")  # a task's state and exit code
 ALIVE = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
