@@ -197,19 +197,21 @@ compare)
 reproduce)
     results=experiments/results
     for each in fig2 fig3 fig4 sb3 ablate-m ablate-storage table1; do
-        OUT=$results/$each "./run.sh" "$each"
+        OUT=$results/$each ./run.sh "$each"
     done
     OUT=$results/fig4 ./run.sh fig4 # once more, with Stable-Baselines3
     export OMP_NUM_THREADS=1
-    .venv/bin/python experiments/ablation.py states ${STEPS:+--steps "$STEPS"}
+    .venv/bin/python experiments/ablation.py states ${STEPS:+--steps "$STEPS"} ${TASKS:+--env $TASKS}
     .venv/bin/python experiments/ablation.py errors --out $results/ablation
-    .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 --rounds 3 --steps 1000 --out $results/ablation
+    .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 --rounds "${ROUNDS:-3}" \
+        --steps 1000 --out $results/ablation
     .venv/bin/python experiments/budget.py --out $results/budget.csv
     .venv/bin/python experiments/checkpoint.py --out $results/checkpoint.csv
-    .venv/bin/python experiments/soak.py --out $results/soak.csv
+    .venv/bin/python experiments/soak.py --out $results/soak.csv \
+        ${STEPS:+--steps "$STEPS" --every $((STEPS / 10))}
     unset OMP_NUM_THREADS
     .venv/bin/python experiments/speed.py --cores 2 --rounds "${ROUNDS:-5}" --out $results/speed.csv
-    .venv/bin/python experiments/scaling.py --rounds 2 --out $results/scaling.csv
+    .venv/bin/python experiments/scaling.py --rounds "${ROUNDS:-2}" --out $results/scaling.csv
     ;;
 play)
     setup .venv requirements.txt

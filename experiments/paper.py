@@ -250,7 +250,8 @@ def plot(cells: list[dict], path: Path) -> None:
         path: where to, ending in .png or .pdf; both are written.
 
     Raises:
-        ValueError: another ending, or a folder that does not exist.
+        ValueError: another ending.
+        OSError: it cannot be written.
     """
     from matplotlib.figure import Figure  # only here: it takes time to load
 

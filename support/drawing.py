@@ -48,14 +48,19 @@ def thousands(axes: Axes) -> None:
 
 
 def check_path(path: Path, asked: str) -> None:
-    """Raise ValueError, one line that begins with `asked`, if `save` could not write there."""
+    """Raise ValueError, one line that begins with `asked`, if `save` takes no such name."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{asked} {path}: the ending must be .png or .pdf; both are written")
-    if not path.parent.is_dir():
-        raise ValueError(f"{asked} {path}: there is no folder {path.parent}")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and, beside it, as PDF. Equal figures give equal files."""
+    """Write a figure as PNG and, beside it, as PDF; equal figures give equal files.
+
+    Makes the folder if there is none.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None, "Creator": None})

@@ -246,5 +246,5 @@ def test_a_command_that_fails_is_named(in_workplace):
     Path("broken.py").write_text("raise SystemExit('no luck')")
     with pytest.raises(AssertionError, match=r"broken\.py\n *no luck"):
         in_workplace([str(Path("broken.py").resolve())])
-    with pytest.raises(AssertionError, match="there is no folder"):
-        in_workplace(["memory.py", "--plot", "nowhere/memory.png"])
+    with pytest.raises(AssertionError, match="the ending must be"):
+        in_workplace(["memory.py", "--plot", "memory.xyz"])

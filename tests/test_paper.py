@@ -86,20 +86,21 @@ def test_results_and_slips_are_printed(capsys):
 
 
 def test_json_parses_and_is_alone(capsys, tmp_path):
-    memory.main(Args(json=True, plot=tmp_path / "f.svg"))
+    memory.main(Args(json=True, plot=tmp_path / "new/f.pdf"))
     report = json.loads(capsys.readouterr().out)
     assert len(report["fig2"]) == 8
-    assert report["plot"].endswith("f.svg")
+    assert report["plot"].endswith("f.pdf")
     assert len(report["worked_examples"]) == 3
 
 
-def test_plot_writes_a_png(tmp_path, capsys):
+def test_plot_writes_a_png_and_a_pdf(tmp_path, capsys):
     path = tmp_path / "fig2.png"
     memory.main(Args(plot=path))
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-    assert (width, height) == (1500, 600)
+    assert (width, height) == (1432, 520)  # two printed columns, 200 dots to the inch
+    assert (tmp_path / "fig2.pdf").read_bytes().startswith(b"%PDF")
     assert str(path) in capsys.readouterr().out
 
 

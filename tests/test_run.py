@@ -72,12 +72,6 @@ def test_sets_up_once_then_passes_the_command_line_and_exit_code_on(house):
     assert len(pip_calls(house)) == 1
 
 
-def test_play_is_an_experiment(house):
-    done = run(house / "run.sh", "play", "runs/a b", "--video", "walk.mp4")
-    command = ".venv/bin/python experiments/play.py runs/a b --video walk.mp4\n"
-    assert (done.returncode, done.stdout) == (3, command)
-
-
 def test_peers_have_an_environment_of_their_own(house):
     done = run(house / "run.sh", "experiments/peers.py", "--help")
     assert done.stdout == ".venv-bench/bin/python experiments/peers.py --help\n"
@@ -170,3 +164,87 @@ def test_without_python_it_is_one_line(house):
     environment = os.environ | {"PATH": str(house.parent / "bin")}
     done = run(house / "run.sh", env=environment)
     assert (done.returncode, done.stderr) == (1, "run.sh: Python 3.11 or newer is needed\n")
+
+
+# --- The figures ---------------------------------------------------------------------------------
+
+
+def listed(figure: str, **variables: str) -> list[str]:
+    done = run(ROOT / "run.sh", figure, "--list", env={"PATH": os.environ["PATH"], **variables})
+    assert done.returncode == 0 and done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_each_figure_lists_its_command_lines():
+    counts = {"fig2": 1, "fig3": 15, "fig4": 160, "sb3": 24, "table1": 8, "ablate-m": 64}
+    for figure, count in (counts | {"ablate-storage": 96}).items():
+        lines = listed(figure)
+        assert len(set(lines)) == len(lines) == count, figure
+        assert all(line.startswith("./run.sh ") for line in lines)
+    fig4 = listed("fig4")
+    for algo, m, steps in (("ppo", 1, 1_000_000), ("sac", 2, 500_000)):
+        for seed in range(1, 11):
+            for task in ("HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"):
+                line = f"./run.sh {algo}.py --env {task} --seed {seed} --total-timesteps {steps}"
+                line += f" --checkpoint-every {steps // 10} --run-dir runs/paper"
+                assert {line, f"{line} --quant-m {m}"} <= set(fig4)
+    assert len(set(listed("fig3", SEEDS="1")) & set(fig4)) == 2  # trained once, for both
+
+
+def test_variables_narrow_a_list():
+    narrow = {"SEEDS": "4 5", "STEPS": "300", "TASKS": "Ant-v3 Pendulum-v1", "ALGOS": "ppo"}
+    lines = listed("fig4", **narrow)
+    assert len(lines) == 8
+    assert lines[-1] == (
+        "./run.sh ppo.py --env Pendulum-v1 --seed 5 --total-timesteps 300 --checkpoint-every 30 "
+        "--run-dir runs/paper --quant-m 1"
+    )
+    assert "--rounds 2 " in listed("table1", ROUNDS="2")[0]
+    assert listed("fig2", OUT="there") == ["./run.sh memory.py --plot there/fig2.png"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "why"),
+    [
+        ({"SEEDS": "1 two"}, ["fig4"], 'SEEDS="1 two" is no number'),
+        ({"STEPS": "1e6"}, ["fig4", "--list"], 'STEPS="1e6" is no number'),
+        ({"JOBS": "-1"}, ["fig3"], 'JOBS="-1" is no number'),
+        ({"ALGOS": "sac td3"}, ["fig4"], "ALGOS: td3 is neither ppo nor sac"),
+        ({}, ["fig4", "--lst"], "fig4 takes --list or nothing, not --lst"),
+    ],
+)
+def test_variables_that_make_no_sense_are_one_line(house, variables, words, why):
+    done = run(house / "run.sh", *words, env=os.environ | variables)
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"run.sh: {why}\n", "")
+    assert not (house / ".venv").exists()
+
+
+def test_a_task_of_slurm_is_one_line_of_the_list(house):
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "3", "SEEDS": "1"}
+    done = run(house / "run.sh", "fig4", env=environment)
+    assert done.stdout == ".venv/bin/python experiments/jobs.py --exec\n"
+    done = run(house / "run.sh", "fig4", env=environment | {"SLURM_ARRAY_TASK_ID": "16"})
+    assert (done.returncode, done.stderr) == (
+        2,
+        "run.sh: fig4 has 16 lines, so use --array=0-15\n",
+    )
+
+
+def test_a_figure_is_drawn_where_runs_failed_but_not_where_it_was_stopped(house):
+    """The stand-in for Python exits with 3, as a queue that was stopped would with 130."""
+    stopped = run(house / "run.sh", "fig3")
+    assert stopped.stdout == ".venv/bin/python experiments/jobs.py\n" and stopped.returncode == 3
+    python = house.parent / "bin/python3"
+    python.write_text(PYTHON.replace("exit 3", "cat >/dev/null; exit 1"))
+    failed = run(house / "run.sh", "fig3", env=os.environ | {"JOBS": "2", "OUT": "here"})
+    assert failed.stdout.splitlines() == [
+        ".venv/bin/python experiments/jobs.py --jobs 2",
+        ".venv/bin/python experiments/figures.py fig3 --out here",
+    ]
+    assert failed.returncode == 1
+
+
+@pytest.mark.parametrize("command", ["play", "compare"])
+def test_short_names_of_commands(house, command):
+    done = run(house / "run.sh", command, "runs/a b", "--out", "x")
+    assert done.stdout == f".venv/bin/python experiments/{command}.py runs/a b --out x\n"

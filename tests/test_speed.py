@@ -245,6 +245,13 @@ def test_an_interrupted_run_keeps_its_rounds(tmp_path, monkeypatch):
     rows = read(tmp_path / "speed.csv")
     assert [(row["round"], row["variant"]) for row in rows] == [("1", "float64"), ("1", "rounded")]
     assert list(rows[0]) == speed.COLUMNS and rows[0]["cpu"] and rows[0]["cores"] == "1"
+    asked.clear()
+    monkeypatch.setattr(speed, "measure", lambda *_: asked.append(1) or {"ms_per_step": "7"})
+    for _ in range(2):  # the second finds nothing to measure
+        speed.main([*options, "--resume", "--out", str(tmp_path / "speed.csv")])
+    rounds = read(tmp_path / "speed.csv")
+    assert len(asked) == 8 and rounds[:2] == rows
+    assert [row["round"] for row in rounds] == [str(n) for n in (1, 2, 3, 4, 5) for _ in range(2)]
 
 
 # ---- tables ----
