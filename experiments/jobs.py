@@ -88,7 +88,6 @@ class Job:
             log.flush()
             self.process = subprocess.Popen(
                 words,
-                cwd=ROOT,
                 env=environment(threads),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -195,6 +194,9 @@ class Queue:
         """Start the next ones, as many as may run."""
         while self.waiting and not self.signals and len(self.running) < self.count:
             job = self.waiting.pop(0)
+            if job.finished:  # by now: by another machine
+                self.finished += 1
+                continue
             try:
                 job.start(self.threads)
             except ValueError:
@@ -241,7 +243,6 @@ def become(job: Job) -> None:
     except ValueError as error:
         raise SystemExit(f"jobs.py: {error}") from None
     threads = int(os.environ.get("SLURM_CPUS_PER_TASK", 1))
-    os.chdir(ROOT)
     os.execvpe(words[0], words, environment(threads))
 
 
@@ -257,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         jobs = [parse(line) for line in map(str.strip, sys.stdin) if line]
     except ValueError as error:
         parser.error(str(error))
+    os.chdir(ROOT)  # which is what the lines mean by ./run.sh
     if args.exec:
         become(*jobs)
     else:

@@ -110,6 +110,13 @@ def test_what_another_process_trains_is_left_to_it(tmp_path, capsys):
     assert queue([line(tmp_path)]).finished == 1
 
 
+def test_what_another_machine_has_finished_meanwhile_is_not_trained_again(tmp_path):
+    made = jobs.Queue([jobs.parse(line(tmp_path))], 1)
+    queue([line(tmp_path)])
+    made.run()
+    assert made.finished == 1 and trained(made.jobs[0]) == 1
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     job = jobs.parse(line(tmp_path))
     job.folder.mkdir()
@@ -165,7 +172,6 @@ def test_one_line_in_place_of_the_program(tmp_path, monkeypatch):
     """As a task of SLURM: the script itself gets the signals, with as many threads as it may."""
     started = []
     monkeypatch.setattr(os, "execvpe", lambda *what: started.append(what))
-    monkeypatch.setattr(os, "chdir", lambda _: None)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     job = jobs.parse(line(tmp_path))
     jobs.become(job)
