@@ -1,6 +1,5 @@
 """experiments/play.py: a run's own evaluation again, bit for bit, and pictures of it."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from helpers import SCRIPTS
 
 import play
 from play import Args, main
-from support import checkpoints, networks, runs
+from support import checkpoints, folders, networks, runs
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"env": "Pendulum-v1", "hidden": 16, "batch_size": 16, "eval_episodes": 2}
@@ -152,10 +151,8 @@ def test_a_run_that_is_training_is_played(algo, tmp_path, monkeypatch):
             patch.setattr(checkpoints, "load", while_it_is_read)
             played.extend(main(Args(folder, episodes=2)))
         (folder / "checkpoint.pt").write_bytes(before)
-        lock = os.open(folder, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):  # the run still has it
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(lock)
+        with pytest.raises(ValueError, match="another process is training"):
+            folders.lock(folder)
         return evaluate(*args)
 
     monkeypatch.setattr(runs, "evaluate", play_then_evaluate)

@@ -53,7 +53,7 @@ def test_short_run(tmp_path, monkeypatch, capsys):
     assert (data["rss_bytes"] > data["rss_anon_bytes"]).all()
     assert (data["rss_anon_bytes"] > 0).all() and (data["file_handles"] >= 4).all()
     assert len(verdicts(capsys.readouterr().out).split()) == 3
-    assert sorted(p.name for p in path.parent.iterdir()) == ["soak.csv", "soak.png"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["soak.csv", "soak.pdf", "soak.png"]
     assert "Cheap-v0" not in gym.registry
 
 
