@@ -71,7 +71,8 @@ def method(settings: dict) -> str:
 def collect(lines: list[str], out: Path) -> None:
     """Write runs.csv and curves.csv of what the command lines train.
 
-    A run that is not here but stands in these files keeps its rows: several machines may train.
+    A run that is not here but stands in these files, trained for as long, keeps its rows: several
+    machines may train.
 
     Raises:
         ValueError: nothing has been trained, or runs have settings that make them unlike.
@@ -95,11 +96,16 @@ def collect(lines: list[str], out: Path) -> None:
         bins += curves.bins_of(run, rows[-1], width)
         unfinished += not run.result
     if (out / "runs.csv").exists():
-        kept = [row for row in curves.read_runs(out) if key_of(row) in absent]
-        absent -= {key_of(row) for row in kept}
-        lines = curves.read_csv(out / "curves.csv", curves.CURVES)
-        bins += [row for row in lines if key_of(row) in {key_of(row) for row in kept}]
-        rows += kept
+        rows_before = {key_of(row): row for row in curves.read_runs(out)}
+        kept = {
+            key: row
+            for key, row in rows_before.items()
+            if key in absent and int(row["steps"]) >= listed[key].steps
+        }
+        absent -= kept.keys()
+        rows += kept.values()
+        bins_before = curves.read_csv(out / "curves.csv", curves.CURVES)
+        bins += [row for row in bins_before if key_of(row) in kept]
     if not rows:
         raise ValueError("none of these runs has been trained yet")
     missing = sum(key[2] != "SB3" for key in absent)

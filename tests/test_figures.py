@@ -115,7 +115,8 @@ def test_what_has_not_been_trained_is_counted(tmp_path, monkeypatch, capsys):
 
 
 def test_results_of_several_machines_add_up(tmp_path, monkeypatch, capsys):
-    lines = lines_of("fig4", tmp_path / "runs", SEEDS="1 2", TASKS="Ant-v3", ALGOS="sac")
+    narrow = {"SEEDS": "1 2", "TASKS": "Ant-v3", "ALGOS": "sac"}
+    lines = lines_of("fig4", tmp_path / "runs", STEPS="20000", **narrow)
     train(lines)
     make(monkeypatch, capsys, "fig4", lines, tmp_path / "at-once")
     for machine in (lines[:2], lines[2:]):
@@ -125,8 +126,10 @@ def test_results_of_several_machines_add_up(tmp_path, monkeypatch, capsys):
     for name in ("runs.csv", "curves.csv", "fig4.png"):
         one, other = (tmp_path / folder / name for folder in ("out", "at-once"))
         assert one.read_bytes() == other.read_bytes()
-    make(monkeypatch, capsys, "fig4", lines[2:], tmp_path / "out")  # only what is listed is kept
-    assert len(curves.read_runs(tmp_path / "out")) == 2
+    longer = lines_of("fig4", tmp_path / "runs", STEPS="30000", **narrow)
+    # What was trained less than is listed is not kept: of seed 1 nothing else is here.
+    make(monkeypatch, capsys, "fig4", longer, tmp_path / "out")
+    assert {row["seed"] for row in curves.read_runs(tmp_path / "out")} == {"2"}
 
 
 def test_runs_with_other_settings_are_refused(tmp_path, monkeypatch, capsys):
