@@ -10,6 +10,7 @@
 #   ./run.sh fig2 | fig3 | fig4 | table1 | ablate-m | ablate-storage
 #                                              trains what is not finished yet, then draws
 #   ./run.sh fig4 --list                       what it would train, one command per line
+#   ./run.sh fig4 --draw                       draws what has been trained so far
 #   SEEDS="1 2" STEPS=300000 TASKS=Ant-v3 ALGOS=ppo JOBS=2 ./run.sh fig4         a part of it
 #   sbatch --array=0-159 run.sh fig4           on a cluster: docs/cluster.md
 #   ./run.sh reproduce                         all of experiments/results, in days
@@ -140,20 +141,19 @@ refuse_variables() {
     done
 }
 
-# make FIGURE [--list]: train, or only list, what FIGURE shows; then draw it into OUT.
+# make FIGURE: train what it shows and draw it into OUT. --list and --draw do only one of both.
 make() {
-    local lines count code=0
+    local lines count
     OUT=${OUT:-runs/$1}
     refuse_variables
     lines=$("$1")
-    if [ "${2-}" = --list ]; then
-        echo "$lines"
-        return
-    elif [ $# -gt 1 ]; then
-        echo "run.sh: $1 takes --list or nothing, not $2" >&2
-        exit 2
-    fi
+    case "${2-}" in
+    "" | --draw) ;;
+    --list) echo "$lines" && return ;;
+    *) echo "run.sh: $1 takes --list, --draw or nothing, not $2" >&2 && exit 2 ;;
+    esac
     setup .venv requirements.txt
+    [ "${2-}" != --draw ] || draw "$1" "$lines"
     [ "$1" != sb3 ] || setup .venv-bench experiments/requirements.txt
     if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then # just one line: the array's tasks count from 0
         count=$(wc -l <<<"$lines")
@@ -164,19 +164,25 @@ make() {
         lines=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$lines")
         exec .venv/bin/python experiments/jobs.py --exec <<<"$lines"
     fi
-    mkdir -p "$OUT"
     [ "$1" != table1 ] || JOBS=1 # what is timed has the machine for itself
-    .venv/bin/python experiments/jobs.py ${JOBS:+--jobs "$JOBS"} <<<"$lines" || code=$?
-    [ "$code" -le 1 ] || exit "$code" # stopped
+    exec .venv/bin/python experiments/jobs.py ${JOBS:+--jobs "$JOBS"} --then ./run.sh "$1" --draw \
+        <<<"$lines"
+}
+
+# draw FIGURE LINES: from what these lines have trained so far.
+draw() {
     case $1 in
-    fig3 | ablate-*) .venv/bin/python experiments/figures.py "$1" --out "$OUT" <<<"$lines" ;;
-    fig4) { echo "$lines"; sb3; } | .venv/bin/python experiments/figures.py fig4 --out "$OUT" ;;
+    fig2 | sb3) exit 0 ;; # drawn by its only line; drawn by fig4
+    fig3 | ablate-*) exec .venv/bin/python experiments/figures.py "$1" --out "$OUT" <<<"$2" ;;
+    fig4)
+        lines=$(sb3)
+        exec .venv/bin/python experiments/figures.py fig4 --out "$OUT" <<<"$2"$'\n'"$lines"
+        ;;
     table1)
         awk 'FNR > 1 || NR == 1' "$OUT"/*-*.csv >"$OUT/table1.csv" # one head for all cells
-        .venv/bin/python experiments/speed.py --draw --out "$OUT/table1.csv"
+        exec .venv/bin/python experiments/speed.py --draw --out "$OUT/table1.csv"
         ;;
     esac
-    return "$code"
 }
 
 case "${1-}" in

@@ -1,13 +1,15 @@
 """Runs the command lines that stand on its input, several at a time, and goes on where it stopped.
 
-    ./run.sh fig4 --list | python experiments/jobs.py --jobs 2
+    ./run.sh fig4 --list | python experiments/jobs.py --jobs 2 --then ./run.sh fig4 --draw
 
 A training that has finished is skipped, one that has a checkpoint is resumed. One that fails is
-told of at the end, and does not keep the others from running. Ctrl-C and SIGTERM let the running
-ones save themselves; the same command goes on with them. Several machines may work on one list in a
-shared folder: what another one trains is left to it. What each run prints is in its folder's .log.
+told of at the end, and keeps neither the others nor --then from running. Ctrl-C and SIGTERM let the
+running ones save themselves; the same command goes on with them. Several machines may work on one
+list in a shared folder: what another one trains is left to it. What a run prints is in the .log
+beside its folder.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -170,7 +172,7 @@ class Queue:
         """Run, and tell how it went.
 
         Raises:
-            SystemExit: 1 if any failed; 130 or 143 after Ctrl-C or SIGTERM.
+            SystemExit: 130 or 143 after Ctrl-C or SIGTERM.
         """
         before = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         total = sum(job.steps * job.cost for job in self.waiting)
@@ -229,8 +231,8 @@ class Queue:
             lines.append("stopped; the same command goes on")
         for line in lines:
             print(f"jobs.py: {line}", file=sys.stderr)
-        if self.signals or self.failed:
-            raise SystemExit(128 + self.signals[0] if self.signals else 1)
+        if self.signals:
+            raise SystemExit(128 + self.signals[0])
 
 
 def become(job: Job) -> None:
@@ -247,10 +249,11 @@ def become(job: Job) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """SystemExit with code 2 and one line for bad input."""
+    """SystemExit: 2 and one line for bad input, 1 if a run failed, 130 or 143 after a signal."""
     parser = Parser(prog="jobs.py", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     parser.add_argument("--exec", action="store_true", help="run one line, as a task of SLURM does")
+    parser.add_argument("--then", nargs=argparse.REMAINDER, help="command to run afterwards")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
@@ -262,7 +265,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.exec:
         become(*jobs)
     else:
-        Queue(jobs, args.jobs).run()
+        queue = Queue(jobs, args.jobs)
+        queue.run()
+        drawn = subprocess.run(args.then, check=False).returncode if args.then else 0
+        sys.exit(drawn or bool(queue.failed))
 
 
 if __name__ == "__main__":

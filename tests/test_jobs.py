@@ -90,13 +90,16 @@ def test_finished_runs_are_skipped_and_longer_ones_go_on(tmp_path):
     )
 
 
-def test_a_failed_run_is_told_of_and_does_not_stop_the_others(tmp_path, capsys):
+def test_a_failed_run_is_told_of_and_stops_nothing_else(tmp_path, monkeypatch, capsys):
     bad = line(tmp_path, seed=1).replace("Pendulum-v1", "Pendulums-v1")
-    done = queue([bad, line(tmp_path, seed=2)])
-    assert done.code == 1 and done.finished == 1
+    lines = [bad, line(tmp_path, seed=2)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    with pytest.raises(SystemExit) as stopped:
+        jobs.main(["--then", sys.executable, "-c", f"open('{tmp_path}/then', 'w')"])
+    assert stopped.value.code == 1 and (tmp_path / "then").exists()
     err = capsys.readouterr().err
     assert f"jobs.py: failed: {bad}\n  sac.py: error: unknown --env 'Pendulums-v1'" in err
-    assert str(done.failed[0].log) in err and "jobs.py: 1 of 2 done" in err
+    assert str(jobs.parse(bad).log) in err and "jobs.py: 1 of 2 done" in err
 
 
 def test_what_another_process_trains_is_left_to_it(tmp_path, capsys):
@@ -141,6 +144,7 @@ def test_stopped_it_saves_its_runs_and_the_same_command_goes_on(number, tmp_path
     lines = [line(tmp_path / "runs", seed, 2000, rarely) for seed in (1, 2)]
     pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, ROOT / "experiments/jobs.py", "--jobs", "1"]
+    command += ["--then", "touch", tmp_path / "then"]
     process = subprocess.Popen(command, process_group=0, **pipes)
     process.stdin.write("\n".join(lines) + "\n")
     process.stdin.close()
@@ -153,7 +157,7 @@ def test_stopped_it_saves_its_runs_and_the_same_command_goes_on(number, tmp_path
     assert process.wait() == 128 + number
     assert "jobs.py: stopped; the same command goes on" in said and "failed" not in said
     assert re.search(r"saved as of step \d+; resume with", first.last_words())
-    assert not second.folder.exists()
+    assert not second.folder.exists() and not (tmp_path / "then").exists()
     done = queue(lines, count=2)
     assert done.finished == 2 and [trained(job) for job in done.jobs] == [2, 1]
     (straight,) = queue([line(tmp_path / "straight", 1, 2000, rarely)]).jobs

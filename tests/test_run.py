@@ -210,7 +210,7 @@ def test_variables_narrow_a_list():
         ({"STEPS": "1e6"}, ["fig4", "--list"], 'STEPS="1e6" is no number'),
         ({"JOBS": "-1"}, ["fig3"], 'JOBS="-1" is no number'),
         ({"ALGOS": "sac td3"}, ["fig4"], "ALGOS: td3 is neither ppo nor sac"),
-        ({}, ["fig4", "--lst"], "fig4 takes --list or nothing, not --lst"),
+        ({}, ["fig4", "--lst"], "fig4 takes --list, --draw or nothing, not --lst"),
     ],
 )
 def test_variables_that_make_no_sense_are_one_line(house, variables, words, why):
@@ -230,18 +230,33 @@ def test_a_task_of_slurm_is_one_line_of_the_list(house):
     )
 
 
-def test_a_figure_is_drawn_where_runs_failed_but_not_where_it_was_stopped(house):
-    """The stand-in for Python exits with 3, as a queue that was stopped would with 130."""
-    stopped = run(house / "run.sh", "fig3")
-    assert stopped.stdout == ".venv/bin/python experiments/jobs.py\n" and stopped.returncode == 3
+def test_a_figure_is_trained_then_drawn(house):
+    """In place of run.sh, so that a signal reaches the queue: the stand-in's code is 3."""
+    done = run(house / "run.sh", "fig3", env=os.environ | {"JOBS": "2"})
+    queue = ".venv/bin/python experiments/jobs.py --jobs 2 --then ./run.sh fig3 --draw\n"
+    assert (done.stdout, done.returncode) == (queue, 3)
+    drawn = run(house / "run.sh", "fig3", "--draw", env=os.environ | {"OUT": "here"})
+    figures = ".venv/bin/python experiments/figures.py fig3 --out here\n"
+    assert (drawn.stdout, drawn.returncode) == (figures, 3)
+    assert run(house / "run.sh", "sb3", "--draw").returncode == 0
+
+
+def test_fig4_is_drawn_with_stable_baselines3(house):
     python = house.parent / "bin/python3"
-    python.write_text(PYTHON.replace("exit 3", "cat >/dev/null; exit 1"))
-    failed = run(house / "run.sh", "fig3", env=os.environ | {"JOBS": "2", "OUT": "here"})
-    assert failed.stdout.splitlines() == [
-        ".venv/bin/python experiments/jobs.py --jobs 2",
-        ".venv/bin/python experiments/figures.py fig3 --out here",
-    ]
-    assert failed.returncode == 1
+    python.write_text(PYTHON.replace("exit 3", "cat"))
+    drawn = run(house / "run.sh", "fig4", "--draw", env=os.environ | {"SEEDS": "1"})
+    assert drawn.stdout.splitlines()[1:] == [*listed("fig4", SEEDS="1"), *listed("sb3", SEEDS="1")]
+
+
+def test_the_cells_of_table_1_are_put_together(house):
+    (house / "out").mkdir()
+    for cell in ("ppo-Ant-v3", "sac-Ant-v3"):
+        (house / f"out/{cell}.csv").write_text(f"head\n{cell}\n")
+    done = run(house / "run.sh", "table1", "--draw", env=os.environ | {"OUT": "out"})
+    assert done.stdout == ".venv/bin/python experiments/speed.py --draw --out out/table1.csv\n"
+    assert (house / "out/table1.csv").read_text() == "head\nppo-Ant-v3\nsac-Ant-v3\n"
+    timed = run(house / "run.sh", "table1", env=os.environ | {"JOBS": "9"})
+    assert "jobs.py --jobs 1 " in timed.stdout  # nothing beside what is timed
 
 
 @pytest.mark.parametrize("command", ["play", "compare"])
