@@ -21,6 +21,7 @@ from curves import Run
 from support import arguments, drawing
 
 COLORS = [drawing.BLACK, drawing.BLUE, drawing.ORANGE, drawing.GREEN, "#d1495b", "#7b4fa3"]
+ABREAST = 4  # panels
 COLORS += [drawing.LIGHT_BLUE, drawing.LIGHT_GREEN, "#8c6d46", "0.6"]
 
 
@@ -58,19 +59,20 @@ def label(run: Run, names: list[str]) -> str:
 def order(run: Run, names: list[str]) -> list[tuple]:
     """Sorts runs by these settings: what is off first, then numbers, then text."""
     values = [run.settings.get(name) for name in names]
+    off = [value is None or value is False for value in values]  # 0 == False, but is not off
     return [
-        (value not in (None, False), isinstance(value, str), value or 0)
-        if not isinstance(value, str)
-        else (True, True, value)
-        for value in values
+        (0, 0) if is_off else (1 + isinstance(value, str), value)
+        for value, is_off in zip(values, off, strict=True)
     ]
 
 
 def group(runs: list[Run], by: list[str] | None) -> dict[str, dict[str, dict[int, Run]]]:
     """{panel: {group: {seed: run}}}, in the order in which they are shown.
 
+    Of two runs that are one experiment with one seed the longer is taken.
+
     Raises:
-        ValueError: `by` names no setting, or a run is given twice.
+        ValueError: `by` names no setting.
     """
     found = differing(runs)
     for name in by or []:
@@ -81,34 +83,37 @@ def group(runs: list[Run], by: list[str] | None) -> dict[str, dict[str, dict[int
     panels = defaultdict(lambda: defaultdict(dict))
     for run in sorted(runs, key=lambda run: (order(run, ["env", *rest]), order(run, by))):
         panel = ", ".join(filter(None, [run.settings["env"], label(run, rest)]))
-        seeds = panels[panel][label(run, by) or run.settings["algo"]]
-        if other := seeds.get(run.settings["seed"]):
-            raise ValueError(f"{other.folder} and {run.folder} are one experiment; leave one out")
-        seeds[run.settings["seed"]] = run
+        seeds, seed = panels[panel][label(run, by) or run.settings["algo"]], run.settings["seed"]
+        shorter, longer = sorted([run, seeds.get(seed, run)], key=lambda run: run.end)
+        seeds[seed] = longer
+        if shorter is not longer:
+            why = f"{longer.folder} is the same experiment, and no shorter"
+            print(f"compare.py: left out {shorter.folder}: {why}", file=sys.stderr)
     return panels
 
 
 def table(panels: dict[str, dict[str, dict[int, Run]]], robust: bool) -> list[list[str]]:
     """Returns of every group in the last tenth, and what they differ by from the first group's."""
-    head = ["task", "group", "seeds", "steps", "IQM" if robust else "return", "difference"]
-    lines = [[*head, "its 95% interval"]]
-    statistic = curves.iqm if robust else curves.mean
+    statistic = "interquartile mean" if robust else "return"
+    lines = [["task", "group", "seeds", "steps", statistic, "minus the first", "95% interval"]]
     for panel, groups in panels.items():
-        end = min(run.end for seeds in groups.values() for run in seeds.values())
+        runs = [run for seeds in groups.values() for run in seeds.values()]
+        shortest = min(runs, key=lambda run: run.end)
+        if any(run.end > 1.1 * shortest.end for run in runs):
+            cut = f"{panel}: only the first {shortest.end:,} steps, as many as {shortest.folder}"
+            print(f"compare.py: {cut} has", file=sys.stderr)
         reference = None
         for name, seeds in groups.items():
-            returns = [run.last_tenth(end) for run in seeds.values()]
-            returns = [each for each in returns if each is not None]
-            shown = curves.spread(returns)
-            if robust and returns:
-                shown = f"{curves.iqm(np.array(returns)):.0f}"
-            against = ("", "")
+            returns = {seed: run.last_tenth(shortest.end) for seed, run in seeds.items()}
+            returns = {seed: mean for seed, mean in returns.items() if mean is not None}
+            each, against = [*returns.values()], ("", "")
             if reference is None:
-                reference = returns
+                reference = each
             else:
-                against = curves.difference(returns, reference, statistic)
-            numbers = curves.seeds_of(seeds)
-            lines.append([panel, name, numbers, f"{end:,}", shown, *against])
+                against = curves.difference(each, reference, robust)
+            shown = f"{curves.iqm(np.array(each)):.0f}" if robust and each else curves.spread(each)
+            steps = f"{shortest.end:,}"
+            lines.append([panel, name, curves.seeds_of(returns), steps, shown, *against])
     return lines
 
 
@@ -131,40 +136,49 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def compare(args: argparse.Namespace) -> str:
-    """Read, draw, write; return the table and where everything is."""
+def read(roots: list[Path]) -> list[Run]:
+    """All runs that can be read; the others are named. Raises ValueError if there is none."""
     runs = []
-    for folder in curves.find_runs(args.runs):
+    for folder in curves.find_runs(roots):
         try:
             runs.append(curves.read_run(folder))
         except ValueError as error:
             print(f"compare.py: left out {folder}: {error}", file=sys.stderr)
     if not runs:
         raise ValueError("none of these runs can be read")
-    by = args.by and [name.replace("-", "_") for name in args.by]
+    return runs
+
+
+def draw(
+    panels: dict[str, dict[str, dict[int, Run]]], width: int, path: Path, robust: bool
+) -> None:
+    """Curves of every panel's groups, in bins of `width` steps."""
+    rows, names = [], dict.fromkeys(name for groups in panels.values() for name in groups)
+    for i, (panel, groups) in enumerate(panels.items()):
+        lines = {name: {s: r.curve(width) for s, r in of.items()} for name, of in groups.items()}
+        if i % ABREAST == 0:
+            rows.append({})
+        rows[-1][panel] = {name: {s: c for s, c in of.items() if c} for name, of in lines.items()}
+    looks = {}
+    for i, name in enumerate(names):
+        style = {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else ":"}
+        looks[name] = name, style
+    curves.draw(rows, looks, path, robust)
+
+
+def compare(args: argparse.Namespace) -> str:
+    """Read, draw, write; return the table and where everything is."""
+    runs = read(args.runs)
+    found, by = differing(runs), args.by and [name.replace("-", "_") for name in args.by]
     panels = group(runs, by)
-    names = dict.fromkeys(name for groups in panels.values() for name in groups)
-    looks = {
-        name: (
-            name,
-            {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else ":"},
-        )
-        for i, name in enumerate(names)
-    }
-    width = curves.bin_width(max(run.end for run in runs))
-    lines = {
-        panel: {
-            name: {seed: run.curve(width) for seed, run in seeds.items() if run.curve(width)}
-            for name, seeds in groups.items()
-        }
-        for panel, groups in panels.items()
-    }
-    text, found = curves.markdown(table(panels, args.iqm)), differing(runs)
-    rows = [curves.row_of(run, label(run, found)) for run in runs]
-    pairs = zip(runs, rows, strict=True)
-    bins = [each for run, row in pairs for each in curves.bins_of(run, row, width)]
+    text = curves.markdown(table(panels, args.iqm))
+    runs = [run for of in panels.values() for seeds in of.values() for run in seeds.values()]
+    width, rows, bins = curves.bin_width(max(run.end for run in runs)), [], []
+    for run in runs:
+        rows.append(curves.row_of(run, label(run, found)))
+        bins += curves.bins_of(run, rows[-1], width)
     curves.write(args.out, rows, bins)
-    curves.draw(lines, looks, args.out / "returns.png", robust=args.iqm)
+    draw(panels, width, args.out / "returns.png", args.iqm)
     (args.out / "table.md").write_text(text + "\n")
     training = sum(not run.result for run in runs)
     state = f", {training} of them unfinished" if training else ""

@@ -8,36 +8,37 @@ figures and tables are made from them alone. compare.py and figures.py are the c
 import argparse
 import ast
 import csv
+import io
 import json
 import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support import drawing
+from support import arguments, checkpoints, drawing
 
 BINS = 60  # of the longest run, or up to twice as many
 RETURN, SETTINGS = "charts/episodic_return", "hyperparameters/text_summary"
-# What does not make two runs different experiments.
-NO_DIFFERENCE = {"seed", "total_timesteps", "eval_episodes", "checkpoint_every", "resume"}
-NO_DIFFERENCE |= {"device", "run_dir", "run_name"}
+NO_DIFFERENCE = {"seed", *arguments.MAY_DIFFER}  # what makes no other experiment
+LEAST_SEEDS = 5  # for a bootstrap: fewer resampled ones would make its interval far too narrow
 KEY = ["algo", "env", "method", "seed"]  # what identifies a run
 CURVES = [*KEY, "step", "episodic_return", "episodes"]
 RUNS = [*KEY, "steps", "return_last_tenth", "eval_mean", "eval_std", "eval_episodes", "max_abs_obs"]
 RUNS += ["clip_fraction", "first_ratio_error", "torch", "gymnasium", "mujoco", "numpy", "machine"]
 CAPTIONS = {  # by whether they are robust
-    False: "Mean and standard deviation over n of the seeds",
-    True: "Interquartile mean and its 95% bootstrap interval over n of the seeds",
+    False: "Mean and standard deviation",
+    True: f"Interquartile mean and, from {LEAST_SEEDS} seeds on, its 95% bootstrap interval",
 }
 Curves = dict[str, dict[str, dict[int, dict[int, float]]]]  # panel, method, seed, step: return
 
@@ -73,6 +74,12 @@ class Run:
         """{right edge of a bin: mean return}, without the bin in which training ended."""
         bins = bin_returns(self.steps, self.returns, width)
         return {edge: mean for edge, mean, _ in bins if edge <= self.end}
+
+    def until(self, end: int) -> "Run":
+        """What it was after `end` steps, if it was trained for longer."""
+        before = self.steps <= end
+        cut = {"steps": self.steps[before], "returns": self.returns[before]}
+        return replace(self, end=min(self.end, end), **cut)
 
     def last_tenth(self, end: int) -> float | None:
         """Mean return of the episodes in the last tenth of the steps up to `end`; None if none."""
@@ -146,12 +153,12 @@ def bin_returns(steps: np.ndarray, returns: np.ndarray, width: int) -> list[tupl
 # --- CSV files -----------------------------------------------------------------------------------
 
 
-def row_of(run: Run, method: str, end: int | None = None) -> dict:
-    """A row of runs.csv. end: takes the last tenth of the steps up to there, not of all."""
+def row_of(run: Run, method: str) -> dict:
+    """A row of runs.csv."""
     settings, result = run.settings, run.result
     row = {"algo": settings["algo"], "env": settings["env"], "seed": settings["seed"]}
     row |= {"method": method, "steps": run.end} | result.get("versions", {})
-    row["return_last_tenth"] = run.last_tenth(end or run.end)
+    row["return_last_tenth"] = run.last_tenth(run.end)
     for name in ("max_abs_obs", "clip_fraction", "first_ratio_error", "machine"):
         row[name] = result.get(name)
     if evaluation := result.get("evaluation"):
@@ -175,12 +182,14 @@ def write(out: Path, rows: list[dict], bins: list[dict]) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     for name, columns, lines in (("curves.csv", CURVES, bins), ("runs.csv", RUNS, rows)):
-        with open(out / name, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            for line in sorted(lines, key=place):
-                cells = (line.get(column) for column in columns)
-                writer.writerow(f"{c:.6g}" if isinstance(c, float) else c for c in cells)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        for line in sorted(lines, key=place):
+            cells = (line.get(column) for column in columns)
+            writer.writerow(f"{c:.6g}" if isinstance(c, float) else c for c in cells)
+        with checkpoints.replacing(out / name) as file:  # all of it or nothing
+            file.write(text.getvalue().encode())
 
 
 def optional(text: str) -> float | None:
@@ -233,13 +242,42 @@ def read_curves(results: Path, panel: Callable[[dict], str]) -> Curves:
     return curves
 
 
+def read_returns(results: Path, panel: Callable[[dict], str], methods: Iterable[str]) -> dict:
+    """Returns of a folder's runs in the last tenth of the steps that all of a panel have reached.
+
+    Args:
+        panel: row -> the name of its panel.
+        methods: which runs count.
+
+    Returns:
+        {panel: (steps, {method: {seed: mean return}})}. A bin counts if it ends in that tenth; a
+        seed in which no episode did is left out.
+    """
+    runs = [run for run in read_runs(results) if run["method"] in methods]
+    ends = defaultdict(lambda: sys.maxsize)
+    for run in runs:
+        ends[panel(run)] = min(ends[panel(run)], int(run["steps"]))
+    sums = defaultdict(lambda: np.zeros(2))  # of returns, of episodes
+    for row in read_csv(results / "curves.csv", CURVES, {"episodes": int}):
+        end = ends[panel(row)]
+        if 0.9 * end < int(row["step"]) <= end:
+            count = int(row["episodes"])
+            sums[tuple(row[name] for name in KEY)] += count * float(row["episodic_return"]), count
+    found = {name: (end, defaultdict(dict)) for name, end in ends.items()}
+    for run in runs:
+        total, count = sums[tuple(run[name] for name in KEY)]
+        if count:
+            found[panel(run)][1][run["method"]][int(run["seed"])] = total / count
+    return found
+
+
 # --- Statistics ----------------------------------------------------------------------------------
 
 
 def iqm(x: np.ndarray) -> np.ndarray:
     """Interquartile mean over the last axis: without the lowest and the highest quarter.
 
-    Of n numbers int(n / 4) are left out at either end, as rliable does it.
+    Of n numbers int(n / 4) are left out at either end, as rliable does it: of three none.
     """
     cut = x.shape[-1] // 4
     return np.sort(x, -1)[..., cut : x.shape[-1] - cut].mean(-1)
@@ -248,14 +286,14 @@ def iqm(x: np.ndarray) -> np.ndarray:
 def interval(
     statistic: Callable[..., np.ndarray], *samples: Iterable[float]
 ) -> tuple[float, float] | None:
-    """95% interval of a statistic: percentile bootstrap; None of a sample with a single number.
+    """95% interval of a statistic: percentile bootstrap; None with fewer than LEAST_SEEDS numbers.
 
     Args:
         statistic: takes one array (draws, n) for each sample, returns (draws,).
         samples: n numbers each, one per seed; each is drawn from by itself, with replacement.
     """
     samples = [np.array([*sample]) for sample in samples]
-    if min(map(len, samples)) < 2:
+    if min(map(len, samples)) < LEAST_SEEDS:
         return None
     rng = np.random.default_rng(1)
     drawn = [sample[rng.integers(len(sample), size=(10_000, len(sample)))] for sample in samples]
@@ -263,23 +301,28 @@ def interval(
     return float(low), float(high)
 
 
-def mean(x: np.ndarray) -> np.ndarray:
-    """Mean over the last axis."""
-    return x.mean(-1)
-
-
 def difference(
-    returns: list[float], reference: list[float], statistic: Callable = mean
+    returns: list[float], reference: list[float], robust: bool = False
 ) -> tuple[str, str]:
-    """Statistic of returns minus that of the reference, one number per seed each; 95% interval.
+    """How much higher returns are than those of a reference, and the 95% interval, as text.
 
-    Both as text, "-" where there are no numbers, or only one of a kind for the interval.
+    One number per seed each. Of means, with Welch's t interval, or if robust of interquartile
+    means, with `interval`. "-" where there are too few numbers.
     """
     if not returns or not reference:
         return "-", "-"
-    shown = f"{statistic(np.array(returns)) - statistic(np.array(reference)):+.0f}"
-    found = interval(lambda a, b: statistic(a) - statistic(b), returns, reference)
-    return shown, "-" if found is None else f"{found[0]:+.0f} to {found[1]:+.0f}"
+    a, b, found = np.array(returns), np.array(reference), None
+    if robust:
+        shown = iqm(a) - iqm(b)
+        found = interval(lambda x, y: iqm(x) - iqm(y), a, b)
+    else:
+        shown = a.mean() - b.mean()
+        if min(len(a), len(b)) > 1 and a.var() + b.var() > 0:
+            errors = np.array([x.var(ddof=1) / len(x) for x in (a, b)])  # squared
+            freedom = errors.sum() ** 2 / (errors**2 / [len(a) - 1, len(b) - 1]).sum()
+            half = stats.t.ppf(0.975, freedom) * errors.sum() ** 0.5
+            found = shown - half, shown + half
+    return f"{shown:+.0f}", "-" if found is None else f"{found[0]:+.0f} to {found[1]:+.0f}"
 
 
 def spread(returns: list[float]) -> str:
@@ -302,7 +345,7 @@ def markdown(table: list[list[str]]) -> str:
 def smooth(curve: dict[int, float]) -> dict[int, float]:
     """Running mean over three bins, at either end over two."""
     steps, values = zip(*sorted(curve.items()), strict=True)
-    return {step: mean(np.array(values[max(0, i - 1) : i + 2])) for i, step in enumerate(steps)}
+    return {step: np.mean(values[max(0, i - 1) : i + 2]) for i, step in enumerate(steps)}
 
 
 def draw_method(axes: Axes, seeds: list[dict[int, float]], look: dict, robust: bool) -> Line2D:
@@ -314,14 +357,16 @@ def draw_method(axes: Axes, seeds: list[dict[int, float]], look: dict, robust: b
     seeds = [smooth(seed) for seed in seeds]
     steps = [step for step in sorted(set().union(*seeds)) if step <= min(map(max, seeds))]
     values = np.array([np.interp(steps, [*seed], [*seed.values()]) for seed in seeds])  # (n, steps)
-    middle = iqm(values.T) if robust else values.mean(0)
-    if len(seeds) > 1 and robust:
-        low, high = np.array([interval(iqm, column) for column in values.T]).T
+    middle, band = values.mean(0), None
+    if robust:
+        middle = iqm(values.T)
+        if len(seeds) >= LEAST_SEEDS:
+            band = np.array([interval(iqm, column) for column in values.T]).T
     elif len(seeds) > 1:
         half = values.std(0, ddof=1)
-        low, high = middle - half, middle + half
-    if len(seeds) > 1:
-        axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
+        band = middle - half, middle + half
+    if band is not None:
+        axes.fill_between(steps, *band, color=look["color"], alpha=0.15, lw=0)
     return axes.plot(steps, middle, **look)[0]
 
 
@@ -337,58 +382,54 @@ def seeds_of(numbers: Iterable[int]) -> str:
 
 
 def draw(
-    curves: Curves,
-    looks: dict[str, tuple[str, dict]],
-    path: Path,
-    columns: int = 4,
-    robust: bool = False,
+    rows: list[Curves], looks: dict[str, tuple[str, dict]], path: Path, robust: bool = False
 ) -> None:
     """A panel for each key of curves, a line for each method in looks: {method: (label, style)}.
 
     Args:
+        rows: what stands in each row of panels. A single panel is as wide as a printed column.
         path: ending in .png; the PDF lies beside it.
-        columns: at most so many panels side by side; a single one is a printed column wide.
         robust: see `draw_method`.
 
     Raises:
         ValueError: there is nothing to draw.
     """
-    shown = ((name, {m: of[m] for m in looks if of.get(m)}) for name, of in curves.items())
-    panels = {name: methods for name, methods in shown if methods}
-    if not panels:
+    rows = [
+        {name: {m: of[m] for m in looks if of.get(m)} for name, of in row.items()} for row in rows
+    ]
+    rows = [{name: of for name, of in row.items() if of} for row in rows]
+    rows = [row for row in rows if row]
+    if not rows:
         raise ValueError("nothing to draw: no episode has ended in these runs")
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
+    columns, lines, seeds = max(map(len, rows)), {}, set()
     width = drawing.PAGE if columns > 1 else drawing.COLUMN
-    numbers = {seed for of in panels.values() for seeds in of.values() for seed in seeds}
-    caption = textwrap.fill(f"{CAPTIONS[robust]} {seeds_of(numbers)}.", int(width * 14))
-    lines = {}  # label: line
-    # About 13 letters to the inch, and 5 for the line before them.
-    fill = int(width * 13) - 5
-    names = {
-        method: textwrap.fill(looks[method][0], fill) for of in panels.values() for method in of
-    }
-    longest = max(len(line) for name in names.values() for line in name.splitlines())
-    abreast = max(1, fill // longest)
-    height = 0.5 + 0.17 * len(set(names.values())) / abreast
-    height += 1.5 * rows if columns > 1 else 2.2
+    letters = int(width * 13)  # about as many stand in a line
+    labels = {method: textwrap.fill(label, letters - 5) for method, (label, _) in looks.items()}
+    used = dict.fromkeys(labels[method] for row in rows for of in row.values() for method in of)
+    longest = max(len(line) for label in used for line in label.splitlines())
+    abreast = max(1, letters // (longest + 5))  # labels, with the line before each
+    height = 0.6 + 0.17 * len(used) / abreast + (1.5 * len(rows) if columns > 1 else 2.2)
     with drawing.style():
         figure = Figure(figsize=(width, height))
-        grid = figure.subplots(rows, columns, squeeze=False).flat
-        for (name, of), axes in zip(panels.items(), grid, strict=False):
-            for method, seeds in of.items():
-                line = draw_method(axes, [*seeds.values()], looks[method][1], robust)
-                lines[names[method]] = line
-            counts = sorted({len(seeds) for seeds in of.values()})
-            where = {"transform": axes.transAxes, "ha": "right", "color": "0.4", "fontsize": 7}
-            axes.text(0.99, 0.03, f"n = {' or '.join(map(str, counts))}", **where)
-            axes.set_title(name)
-            axes.set_xlim(left=0)
-            axes.grid()
-            drawing.thousands(axes)
-        for axes in grid:  # those left over
-            axes.set_axis_off()
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        for axes_of_row, row in zip(grid, rows, strict=True):
+            for axes in axes_of_row[len(row) :]:
+                axes.set_axis_off()
+            for axes, (name, of) in zip(axes_of_row, row.items(), strict=False):
+                for method, each in of.items():
+                    line = draw_method(axes, [*each.values()], looks[method][1], robust)
+                    lines[labels[method]] = line
+                    seeds |= each.keys()
+                counts = sorted({len(each) for each in of.values()})
+                axes.set_title(textwrap.fill(name, letters // columns - 5))
+                where = {"transform": axes.transAxes, "ha": "right", "color": "0.4", "fontsize": 7}
+                axes.text(0.99, 0.03, f"n = {' or '.join(map(str, counts))}", **where)
+                axes.set_xlim(left=0)
+                axes.grid()
+                drawing.thousands(axes)
+        of_seeds = f"n of the seeds {seeds_of(seeds)}" if len(seeds) > 1 else f"seed {min(seeds)}"
+        caption = f"{CAPTIONS[robust]} over {of_seeds}; running mean of three bins."
         figure.supylabel("episodic return", fontsize=8)
-        figure.supxlabel(f"environment steps\n{caption}", fontsize=8)
+        figure.supxlabel(f"environment steps\n{textwrap.fill(caption, letters)}", fontsize=8)
         figure.legend(lines.values(), lines, loc="outside upper center", ncols=abreast)
         drawing.save(figure, path)

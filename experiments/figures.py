@@ -23,12 +23,13 @@ SB3 = ("Stable-Baselines3", {"color": ORANGE, "linestyle": (0, (3.5, 1.2))})
 DASHED = {"linestyle": (0, (3, 1.5))}
 # Of each figure the methods, as `method` names them: label and line, the reference first.
 FIGURES = {
-    "fig3": {  # the paper's colours: by memory, rounded solid, float64 dashed
-        "float64": ("1M rows, float64 (3 GB)", {"color": BLACK} | DASHED),
-        "m=2": ("1M rows, m=2 (750 MB)", {"color": BLUE}),
-        "float64, 250k rows": ("250k rows, float64 (750 MB)", {"color": LIGHT_BLUE} | DASHED),
-        "m=2, 400k rows": ("400k rows, m=2 (300 MB)", {"color": GREEN}),
-        "float64, 100k rows": ("100k rows, float64 (300 MB)", {"color": LIGHT_GREEN} | DASHED),
+    # The paper's colours: by memory, rounded solid, float64 dashed. --pack stores the same codes.
+    "fig3": {
+        "float64": ("1M rows, float64: 3,082 MB", {"color": BLACK} | DASHED),
+        "m=2": ("1M rows, m=2: 780 MB with --pack", {"color": BLUE}),
+        "float64, 250k rows": ("250k rows, float64: 771 MB", {"color": LIGHT_BLUE} | DASHED),
+        "m=2, 400k rows": ("400k rows, m=2: 312 MB with --pack", {"color": GREEN}),
+        "float64, 100k rows": ("100k rows, float64: 308 MB", {"color": LIGHT_GREEN} | DASHED),
     },
     "fig4": {
         "float64": FLOAT64,
@@ -55,7 +56,7 @@ FIGURES = {
 # What the paper holds against each other in Fig. 3, at equal memory.
 PAIRS = [("m=2", "float64, 250k rows"), ("m=2, 400k rows", "float64, 100k rows")]
 TASKS = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]  # the paper's order
-MAY_DIFFER = curves.NO_DIFFERENCE | {"quant_m", "storage", "pack", "drop_constant", "buffer_size"}
+VARIED = curves.NO_DIFFERENCE | {"quant_m", "storage", "pack", "drop_constant", "buffer_size"}
 
 
 def method(settings: dict) -> str:
@@ -69,49 +70,49 @@ def method(settings: dict) -> str:
 
 
 def collect(lines: list[str], out: Path) -> None:
-    """Write runs.csv and curves.csv of what the command lines train.
+    """Add what the command lines have trained to runs.csv and curves.csv, as far as it has come.
 
-    A run that is not here but stands in these files, trained for as long, keeps its rows: several
-    machines may train.
+    Of a run that was trained for longer than its line says, the rest is left out. Rows of other
+    runs, which stand there from before, stay: several machines may train.
 
     Raises:
         ValueError: nothing has been trained, or runs have settings that make them unlike.
     """
     listed = {key_of(job.settings): job for job in map(jobs.parse, lines)}
     width = curves.bin_width(max((job.steps for job in listed.values()), default=0))
-    rows, bins, alike, absent, unfinished = [], [], {}, set(), 0
+    rows, bins, alike, unfinished, absent = [], [], {}, 0, set()
     for key, job in listed.items():
         try:
-            run = curves.read_run(job.folder)
+            run = curves.read_run(job.folder).until(job.steps)
         except ValueError as error:
             absent.add(key)
             if job.folder.exists():
                 print(f"figures.py: left out {job.folder}: {error}", file=sys.stderr)
             continue
-        settings = {k: v for k, v in run.settings.items() if k not in MAY_DIFFER}
+        settings = {k: v for k, v in run.settings.items() if k not in VARIED}
         folder, others = alike.setdefault((*key[:2], settings["lib"]), (run.folder, settings))
         if changed := {name for name, _ in settings.items() ^ others.items()}:
             raise ValueError(f"{folder} and {run.folder} differ in {', '.join(sorted(changed))}")
         rows.append(curves.row_of(run, method(run.settings)))
         bins += curves.bins_of(run, rows[-1], width)
         unfinished += not run.result
+    new, kept = {key_of(row) for row in rows}, set()
     if (out / "runs.csv").exists():
-        rows_before = {key_of(row): row for row in curves.read_runs(out)}
-        kept = {
-            key: row
-            for key, row in rows_before.items()
-            if key in absent and int(row["steps"]) >= listed[key].steps
-        }
-        absent -= kept.keys()
-        rows += kept.values()
-        bins_before = curves.read_csv(out / "curves.csv", curves.CURVES)
-        bins += [row for row in bins_before if key_of(row) in kept]
+        before = [row for row in curves.read_runs(out) if key_of(row) not in new]
+        kept = {key_of(row) for row in before}
+        rows += before
+        before = curves.read_csv(out / "curves.csv", curves.CURVES)
+        bins += [row for row in before if key_of(row) in kept]
     if not rows:
         raise ValueError("none of these runs has been trained yet")
-    missing = sum(key[2] != "SB3" for key in absent)
-    if missing or unfinished:
-        counts = f"{missing} runs have not begun, {unfinished} are unfinished"
-        print(f"figures.py: {counts}", file=sys.stderr)
+    missing = sum(key[2] != "SB3" for key in absent - kept)
+    for count, what in (
+        (missing, "have not begun"),
+        (unfinished, "are unfinished"),
+        (len(kept), f"stood in {out} before"),
+    ):
+        if count:
+            print(f"figures.py: {count} of the runs {what}", file=sys.stderr)
     curves.write(out, rows, bins)
 
 
@@ -133,23 +134,20 @@ def place(name: str) -> tuple:
 
 def table(figure: str, out: Path) -> str:
     """Training return in the last tenth of the steps, and its difference to the reference."""
-    returns, seeds = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for run in curves.read_runs(out):
-        seeds[panel(run), run["method"]].append(int(run["seed"]))
-        if run["return_last_tenth"]:
-            returns[panel(run)][run["method"]].append(float(run["return_last_tenth"]))
     known = list(FIGURES[figure])
     pairs = PAIRS if figure == "fig3" else [(each, known[0]) for each in known[1:]]
-    lines = [["task", "storage", "seeds", "return"]]
-    against = [["task", "storage", "minus", "difference", "95% interval"]]
-    for name in sorted(returns, key=place):
-        for each in filter(returns[name].get, known):
-            numbers = curves.seeds_of(seeds[name, each])
-            lines.append([name, each, numbers, curves.spread(returns[name][each])])
+    lines = [["task", "method", "seeds", "steps", "return"]]
+    against = [["task", "method", "minus that of", "difference", "95% interval"]]
+    found = curves.read_returns(out, panel, known)
+    for name in sorted(found, key=place):
+        steps, returns = found[name]
+        for each in filter(returns.get, known):
+            numbers, values = curves.seeds_of(returns[each]), [*returns[each].values()]
+            lines.append([name, each, numbers, f"{steps:,}", curves.spread(values)])
         for each, other in pairs:
-            if returns[name][each] and returns[name][other]:
-                found = curves.difference(returns[name][each], returns[name][other])
-                against.append([name, each, other, *found])
+            if returns[each] and returns[other]:
+                values = ([*returns[method].values()] for method in (each, other))
+                against.append([name, each, other, *curves.difference(*values)])
     return "\n\n".join(curves.markdown(part) for part in (lines, against) if len(part) > 1)
 
 
@@ -169,10 +167,11 @@ def main(argv: list[str] | None = None) -> None:
 def make(args: argparse.Namespace) -> None:
     if not args.draw:
         collect([line for line in map(str.strip, sys.stdin) if line], args.out)
-    found = curves.read_curves(args.out, panel)
-    found = {name: found[name] for name in sorted(found, key=place)}
+    found, rows = curves.read_curves(args.out, panel), defaultdict(dict)
+    for name in sorted(found, key=place):  # a row for each algorithm
+        rows[name.split(",")[0]][name] = found[name]
     path = args.out / f"{args.figure}.png"
-    curves.draw(found, FIGURES[args.figure], path)
+    curves.draw([*rows.values()], FIGURES[args.figure], path)
     text = table(args.figure, args.out)
     path.with_suffix(".md").write_text(text + "\n")
     print(f"{text}\n\nwrote {args.figure}.png, .pdf, .md and the CSV files to {args.out}")

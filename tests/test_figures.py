@@ -1,17 +1,22 @@
 """experiments/figures.py on made-up runs: what each figure shows, pairs, and what it refuses."""
 
 import io
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from made import episodes, run, sb3, unfinished
 
 import curves
 import figures
 import jobs
+from buffers import ReplayBuffer
+from quantize import Float, Packed
+from support import drawing
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,21 +62,22 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_fig4_shows_both_algorithms_on_the_four_tasks(tmp_path, monkeypatch, capsys):
-    lines = lines_of("fig4", tmp_path / "runs", SEEDS="1 2 10")
+    lines = lines_of("fig4", tmp_path / "runs", SEEDS="1 2 10", STEPS="20000")
     assert len(lines) == 48
     train(lines, lambda settings: 0.0 if settings["m"] is None else 100.0)
-    theirs = lines_of("sb3", tmp_path / "runs", SEEDS="1", TASKS="Ant-v3", ALGOS="ppo")
+    narrow = {"SEEDS": "1", "TASKS": "Ant-v3", "ALGOS": "ppo", "STEPS": "20000"}
+    theirs = lines_of("sb3", tmp_path / "runs", **narrow)
     train(theirs)
     out, err = make(monkeypatch, capsys, "fig4", lines + theirs, tmp_path / "out")
     assert err == ""
     found = cells(out)
     tasks = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]
     panels = [f"{algo}, {task}" for algo in ("PPO", "SAC") for task in tasks]
-    split = found.index(["task", "storage", "minus", "difference", "95% interval"])
+    split = found.index(["task", "method", "minus that of", "difference", "95% interval"])
     assert list(dict.fromkeys(row[0] for row in found[1:split])) == panels
     assert ["PPO, Ant-v3", "SB3", "1"] in [row[:3] for row in found]
     mean = np.mean([s / 64 for s in range(700, 20_001, 700) if s > 18_000]) + 13 / 3
-    assert ["SAC, Ant-v3", "m=2", "1 to 2, 10", f"{mean + 100:.0f} ± 5"] in found
+    assert ["SAC, Ant-v3", "m=2", "1 to 2, 10", "20,000", f"{mean + 100:.0f} ± 5"] in found
     differences = {tuple(row[:3]): row[3] for row in found[split + 1 :]}
     assert differences["PPO, Walker2d-v3", "m=1", "float64"] == "+100"
     assert ("PPO, Walker2d-v3", "m=2", "float64") not in differences
@@ -111,7 +117,10 @@ def test_what_has_not_been_trained_is_counted(tmp_path, monkeypatch, capsys):
     unfinished(jobs.parse(lines[0]).folder)
     theirs = lines_of("sb3", tmp_path / "runs", SEEDS="1", TASKS="Ant-v3")
     _, err = make(monkeypatch, capsys, "fig4", lines + theirs, tmp_path / "out")
-    assert err == "figures.py: 2 runs have not begun, 1 are unfinished\n"
+    assert err.splitlines() == [
+        "figures.py: 2 of the runs have not begun",
+        "figures.py: 1 of the runs are unfinished",
+    ]
 
 
 def test_results_of_several_machines_add_up(tmp_path, monkeypatch, capsys):
@@ -126,10 +135,44 @@ def test_results_of_several_machines_add_up(tmp_path, monkeypatch, capsys):
     for name in ("runs.csv", "curves.csv", "fig4.png"):
         one, other = (tmp_path / folder / name for folder in ("out", "at-once"))
         assert one.read_bytes() == other.read_bytes()
-    longer = lines_of("fig4", tmp_path / "runs", STEPS="30000", **narrow)
-    # What was trained less than is listed is not kept: of seed 1 nothing else is here.
-    make(monkeypatch, capsys, "fig4", longer, tmp_path / "out")
-    assert {row["seed"] for row in curves.read_runs(tmp_path / "out")} == {"2"}
+    make(monkeypatch, capsys, "fig4", lines[2:], tmp_path / "out")  # what is not listed stays
+    assert (tmp_path / "out/runs.csv").read_bytes() == (tmp_path / "at-once/runs.csv").read_bytes()
+
+
+def test_runs_of_different_lengths_are_compared_as_far_as_all_have_come(
+    tmp_path, monkeypatch, capsys
+):
+    """Returns that only grow with the steps must not differ because one has more of them."""
+    narrow = {"SEEDS": "1", "TASKS": "Ant-v3", "ALGOS": "sac", "STEPS": "40000"}
+    whole, part = lines_of("fig4", tmp_path / "runs", **narrow)
+    train([part])
+    unfinished(jobs.parse(part).folder)
+    ends = episodes(40_000, offset=1)
+    run(tmp_path / "runs", "sac", ends=ends, total=40_000, name=jobs.parse(whole).folder.name)
+    text, _ = make(monkeypatch, capsys, "fig4", [whole, part], tmp_path / "out")
+    base, rounded = (
+        row for row in cells(text) if row[0] == "SAC, Ant-v3" and len(row) == 5 and "," in row[3]
+    )
+    assert base[3:] == rounded[3:] and base[3] == "19,600"
+    shorter = lines_of("fig4", tmp_path / "runs", **narrow | {"STEPS": "10000"})
+    make(monkeypatch, capsys, "fig4", shorter, tmp_path / "short")
+    assert {row["steps"] for row in curves.read_runs(tmp_path / "short")} == {"10000"}
+
+
+def test_memory_in_the_labels_of_fig3_is_what_the_buffers_take():
+    device, sizes = torch.device("meta"), {"obs_dim": 376, "act_dim": 17, "num_envs": 1}
+    for name, (label, _) in figures.FIGURES["fig3"].items():
+        rows = int(re.match(r"(\d+)(k|M)", label)[1]) * (1000 if "k rows" in label else 10**6)
+        codec = Packed(2) if name.startswith("m=2") else Float()
+        buffer = ReplayBuffer(codec, rows, **sizes, device=device, seed=1)
+        assert f"{buffer.nbytes / 1e6:,.0f} MB" in label
+
+
+def test_float64_is_black_and_rounded_blue_as_in_the_paper():
+    for figure, looks in figures.FIGURES.items():
+        assert looks["float64"][1]["color"] == "black"
+        assert looks["m=2"][1]["color"] == drawing.BLUE, figure
+        assert len({(label, str(style)) for label, style in looks.values()}) >= len(looks) - 1
 
 
 def test_runs_with_other_settings_are_refused(tmp_path, monkeypatch, capsys):
