@@ -179,11 +179,11 @@ class Adam:
 def set_threads(batch_size: int, inputs: int, hidden: int) -> None:
     """Give torch one thread, in this whole process, where a second one would only wait.
 
-    On two cores a second thread cost time at 17 inputs and 64 hidden units and gained some at 376
-    inputs or 256 hidden units; the bound lies between. Elsewhere OMP_NUM_THREADS decides.
+    On two cores it cost time at 17 inputs and 64 units, gained some at 376 or 256.
     """
-    if 2 * batch_size * max(inputs, hidden) * hidden < 8e6:  # operations of the largest product
-        torch.set_num_threads(1)
-    # MKL sets itself up in its first products. Two threads at once once got other last bits.
-    small = torch.ones(1, 2, 2)  # so few numbers that one thread multiplies them
-    torch.baddbmm(torch.addmm(small[0], small[0], small[0]), small, small)
+    threads, small = torch.get_num_threads(), torch.ones(2, 8, 8)
+    torch.set_num_threads(1)
+    # In its first products MKL sets itself up. Two threads at once have come to other last bits.
+    torch.baddbmm(torch.addmm(small[0], *small), small, small)
+    if 2 * batch_size * max(inputs, hidden) * hidden >= 8e6:  # operations of the largest product
+        torch.set_num_threads(threads)

@@ -2,6 +2,11 @@
 
 import copy
 import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +25,8 @@ from support.networks import (
     flatten,
     set_threads,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def separate(network: Critic | ActorCritic) -> list[nn.Sequential]:
@@ -294,3 +301,17 @@ def two_threads():
 def test_small_networks_take_one_thread(two_threads, batch_size, inputs, hidden, threads):
     set_threads(batch_size, inputs, hidden)
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL")
+def test_mkl_sets_itself_up_on_one_thread():
+    """As two threads at once may do it differently; both kinds of product that networks have."""
+    code = "from support.networks import set_threads; set_threads(256, 376, 256)"
+    code += "; import torch; print(torch.get_num_threads())"
+    variables = {"MKL_VERBOSE": "1", "OMP_NUM_THREADS": "2"}
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=os.environ | variables, **options).stdout
+    products = re.findall(r"MKL_VERBOSE (S\w+)\(.*NThr:(\d+)", said)
+    assert products == [("SGEMM", "1"), ("SGEMM_BATCH", "1")]
+    assert said.splitlines()[-1] == "2"  # it has its threads back
