@@ -421,7 +421,7 @@ def draw(
                     lines[labels[method]] = line
                     seeds |= each.keys()
                 counts = sorted({len(each) for each in of.values()})
-                axes.set_title(textwrap.fill(name, letters // columns - 5))
+                axes.set_title(textwrap.fill(name, letters // columns - 3))
                 where = {"transform": axes.transAxes, "ha": "right", "color": "0.4", "fontsize": 7}
                 axes.text(0.99, 0.03, f"n = {' or '.join(map(str, counts))}", **where)
                 axes.set_xlim(left=0)
