@@ -1,8 +1,8 @@
 """Errors that a user can meet, each as one line instead of a traceback.
 
-with command("sac.py"):              # around the whole script
-    with refusing("sac.py"):         # around what checks the input
-        check(args)
+    with command("sac.py"):              # around the whole script
+        with refusing("sac.py"):         # around what checks the input
+            check(args)
 """
 
 import contextlib
