@@ -185,7 +185,10 @@ def report(data: dict[str, np.ndarray]) -> None:
 def draw(data: dict[str, np.ndarray], path: Path) -> None:
     """Memory, speed and file handles over the steps, side by side; warm-up is shaded."""
     step, wall, cpu_time, pieces_time, pieces, whole, anonymous, handles = data.values()
-    sizes = (whole, "resident", drawing.BLUE), (anonymous, "private (anonymous)", drawing.LIGHT_BLUE)
+    sizes = (
+        (whole, "resident", drawing.BLUE),
+        (anonymous, "private (anonymous)", drawing.LIGHT_BLUE),
+    )
     steps, work = np.diff(step), np.diff(pieces_time) / np.diff(pieces)
     with drawing.style():
         figure = Figure(figsize=(drawing.PAGE, 2.2))

@@ -4,6 +4,8 @@
         figure = Figure(figsize=(PAGE, 2.2))
         ...
         save(figure, Path("fig4.png"))          # and fig4.pdf
+
+The PNG is for pages, the PDF for papers.
 """
 
 import contextlib
