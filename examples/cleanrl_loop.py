@@ -3,6 +3,7 @@
 A million rows of Humanoid-v3 take 3.1 GB before, as CleanRL stores them: float32, each observation
 twice. After, 0.83 GB: int16, each once; 0.56 GB with pack and drop_constant. Only `start` has no
 counterpart in CleanRL. DDPG: arXiv:1509.02971. `python examples/cleanrl_loop.py` takes a minute.
+A loop of yours elsewhere finds buffers.py and what it needs by PYTHONPATH=/path/to/this/repository.
 """
 
 import copy
@@ -23,8 +24,7 @@ NUM_ENVS = 2  # each step is one of both, and one update
 ROWS = 1_000_000  # of the replay buffer; an episode of T steps takes T + 1
 BATCH, LEARNING_RATE = 256, 1e-3
 NOISE = 0.1  # standard deviation of what is added to actions in [-1, 1], to explore
-GAMMA = 0.99  # discount
-TAU = 0.005  # share of the networks that enters the targets
+GAMMA, TAU = 0.99, 0.005  # discount; share of the networks that enters the targets
 
 
 def mlp(inputs: int, outputs: int, *last: nn.Module) -> nn.Sequential:
@@ -71,7 +71,7 @@ def main(env: str = "Pendulum-v1", total_timesteps: int = 20_000, quant_m: int |
     print(f"{env}, mean return of 10 episodes: {sum(returns) / 10:.1f}")
     before = ROWS * 4 * (2 * n + k + 3)  # float32: obs, next_obs, action, reward, done, timeout
     print(f"{ROWS:,} rows: {before / 1e6:.1f} MB before, {buffer.nbytes / 1e6:.1f} MB after")
-    memory.main(memory.Args(env="Humanoid-v3", layouts=True, live_columns=257))
+    memory.main(memory.Args(env="Humanoid-v3", layouts=True, live_columns=257))  # of 376
     return networks
 
 

@@ -153,6 +153,13 @@ def show(cell: tuple[float, int] | None) -> str:
     return f"{took:.1f}, {size / 1e6:,.1f} MB" if size else f"{took:.3f}"
 
 
+def tick(x: int) -> str:
+    """376, 4k, or a power of ten: short, as they stand close on a logarithmic axis."""
+    if x >= 10**4:
+        return f"$10^{len(str(x)) - 1}$"
+    return f"{x // 1000}k" if x >= 1000 else str(x)
+
+
 def draw_panel(axes: Axes, panel: str, lines: dict[str, dict[int, tuple[float, int]]]) -> None:
     """Times as lines with dots; bytes dotted, on an axis of their own at the right."""
     title, values = PANELS[panel]
@@ -163,10 +170,10 @@ def draw_panel(axes: Axes, panel: str, lines: dict[str, dict[int, tuple[float, i
         if right:
             right.plot(xs, [line[x][1] for x in xs], ":", lw=1.2, **style)
     axes.set_xscale("log")
-    axes.set_xticks(values, [f"{x:,}" if x < 10**4 else f"$10^{len(str(x)) - 1}$" for x in values])
+    axes.set_xticks(values, map(tick, values))
     axes.minorticks_off()
     axes.set_xlabel(title)
-    axes.set_ylabel("ms per transition" if panel == "envs" else f"us per sample({BATCH})")
+    axes.set_ylabel("ms per transition" if panel == "envs" else f"µs per sample({BATCH})")
     if panel == "columns":
         axes.set_yscale("log")
     else:

@@ -185,7 +185,10 @@ def report(data: dict[str, np.ndarray]) -> None:
 def draw(data: dict[str, np.ndarray], path: Path) -> None:
     """Memory, speed and file handles over the steps, side by side; warm-up is shaded."""
     step, wall, cpu_time, pieces_time, pieces, whole, anonymous, handles = data.values()
-    sizes = (whole, "whole", drawing.BLUE), (anonymous, "anonymous", drawing.LIGHT_BLUE)
+    sizes = (
+        (whole, "resident", drawing.BLUE),
+        (anonymous, "private (anonymous)", drawing.LIGHT_BLUE),
+    )
     steps, work = np.diff(step), np.diff(pieces_time) / np.diff(pieces)
     with drawing.style():
         figure = Figure(figsize=(drawing.PAGE, 2.2))
@@ -199,7 +202,7 @@ def draw(data: dict[str, np.ndarray], path: Path) -> None:
         middle.plot(step[1:], steps / np.diff(cpu_time), color=drawing.BLUE, label="CPU time")
         even = steps / np.diff(cpu_time) * work / np.median(work)
         middle.plot(step[1:], even, color="#d1495b", label="CPU time, by fixed work")
-        middle.set_title("steps per second of")
+        middle.set_title("steps per second, by")
         right.plot(step, handles, color=drawing.BLUE)
         right.set_title("file handles")
         for axes in (left, middle, right):

@@ -103,7 +103,7 @@ def layouts(args: Any, sizes: dict[str, int], allocated: Callable) -> dict:
         ledger = allocated("sac", codec, **sizes, buffer_size=steps, live_columns=live)
         name, note = f"ours: {codec.name}", "one copy"
         if live is not None:
-            name, note = f"{name}, --drop-constant", f"one copy, {live} columns"
+            name, note = f"{name}, --drop-constant", f"one copy, {live} of {obs_dim} columns"
         width, dtype = codec.row(obs_dim if live is None else live)
         buffer = ledger["buffer observations"], ledger["buffer rest"]
         found.append((name, width * dtype.itemsize, *buffer, note))

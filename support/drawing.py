@@ -1,9 +1,11 @@
 """How every figure looks: sizes of a printed page, the paper's colours, PNG and PDF side by side.
 
-with style():
-    figure = Figure(figsize=(PAGE, 2.2))
-    ...
-    save(figure, Path("fig4.png"))          # and fig4.pdf
+    with style():
+        figure = Figure(figsize=(PAGE, 2.2))
+        ...
+        save(figure, Path("fig4.png"))          # and fig4.pdf
+
+The PNG is for pages, the PDF for papers.
 """
 
 import contextlib

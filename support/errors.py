@@ -1,8 +1,11 @@
 """Errors that a user can meet, each as one line instead of a traceback.
 
-with command("sac.py"):              # around the whole script
-    with refusing("sac.py"):         # around what checks the input
-        check(args)
+    with command("sac.py"):              # around the whole script
+        with refusing("sac.py"):         # around what checks the input
+            check(args)
+
+`refusing` ends with exit code 2 and says what was wrong; `command` is for all that is no fault of
+the input: Ctrl-C, a full disk, too little memory.
 """
 
 import contextlib

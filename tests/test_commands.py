@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -54,8 +55,9 @@ RULES = [
     (r"experiments/scaling\.py", f"--draw --out {RESULTS}/scaling.csv"),
 ]
 # What runs these very tests, takes hours, needs another environment or OpenGL, which test_play.py
-# looks for; git's are in test_hacks.py.
+# looks for, or compares runs long enough for an episode; git's are in test_hacks.py.
 NOT_RUN = [r"\./run\.sh (test|reproduce)\b.*", r"\./run\.sh experiments/peers\.py --help"]
+NOT_RUN += [r"\./run\.sh compare '?runs/\w+\*'?"]  # of the lines before it
 NOT_RUN += [r"sbatch .*"]  # but see test_slurm.py
 NOT_RUN += [r"python experiments/play\.py runs/stills .*"]
 NOT_RUN += [r"source \.venv/bin/activate", r"git .*", r"tensorboard --logdir \S+"]
@@ -194,8 +196,8 @@ def in_workplace(workplace, finished, monkeypatch):
     monkeypatch.syspath_prepend(workplace)
 
     def works(words: list[str]) -> None:
-        for word in words[1:]:  # a run that it wants to read
-            if re.match(r"runs/|RUN", word) and not Path(word).exists():
+        for option, word in itertools.pairwise(words):  # a run that it wants to read
+            if re.match(r"runs/|RUN", word) and option != "--out" and not Path(word).exists():
                 shutil.copytree(finished, word)
         code, _, said = run(words)
         assert code == 0, f"{shlex.join(words)}\n{said}"
