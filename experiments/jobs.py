@@ -313,7 +313,7 @@ def become(job: Job) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """SystemExit: 2 and one line for bad input, 1 if one is not finished, 130 or 143 by a signal."""
+    """SystemExit: 2 after bad input, 1 if a run is not finished, 130 or 143 after a signal."""
     parser = Parser(prog="jobs.py", description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at a time")
     parser.add_argument("--exec", action="store_true", help="run one line, as a task of SLURM does")
