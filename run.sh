@@ -14,6 +14,7 @@
 #   SEEDS="1 2" STEPS=300000 TASKS=Ant-v3 ALGOS=ppo JOBS=2 ./run.sh fig4         a part of it
 #   sbatch --array=0-159 run.sh fig4           on a cluster: docs/cluster.md
 #   ./run.sh reproduce                         all of experiments/results, in days
+#   ./run.sh help                              this page
 #SBATCH --requeue --open-mode=append
 set -euo pipefail
 script=$(readlink -f -- "${BASH_SOURCE[0]}") # not the symbolic link that may lead here
@@ -25,13 +26,16 @@ if [[ $script == */slurm_script ]]; then         # sbatch runs a copy: ask for t
 fi
 cd -- "${script%/*}"
 
+# refuse WHY: one line about bad input.
+refuse() { echo "run.sh: $1" >&2; exit 2; }
+
 # setup VENV REQUIREMENTS: install REQUIREMENTS into VENV; returns at once when that was done before.
 setup() {
-    local venv=$1 requirements=$2 python stamp
+    local venv=$1 requirements=$2 python stamp locked=
     stamp="$venv/${requirements//\//-}.stamp"
     is_set_up "$venv" "$requirements" "$stamp" && return
     exec 9>"$venv.lock" # the jobs of a cluster begin all at once: one of them installs
-    flock 9 || true     # or all do, on a file system without locks
+    flock 9 && locked=yes # or all do, on a file system without locks
     is_set_up "$venv" "$requirements" "$stamp" && exec 9>&- && return
     for python in python3 python3.14 python3.13 python3.12 python3.11 ""; do
         [ -n "$python" ] || { echo "run.sh: Python 3.11 or newer is needed" >&2; exit 1; }
@@ -39,7 +43,7 @@ setup() {
     done
     echo "run.sh: installing $requirements into $venv (minutes, once)" >&2
     # The variables are expanded now: when a trap runs, those of the function are gone.
-    if [ -e "$venv" ]; then # it may have worked: never removed
+    if [ -e "$venv" ] || [ -z "$locked" ]; then # it may have worked, or be another's: never removed
         trap "echo 'run.sh: installing $requirements into $venv failed, see above' >&2" EXIT
     else
         trap "rm -rf '$venv'; echo 'run.sh: setting up $venv failed, see above; removed it' >&2" EXIT
@@ -88,17 +92,22 @@ each() {
     done
 }
 
+# quoted WORD: as it is typed, where it has spaces.
+quoted() { printf %q "$1"; }
+
 paper_tasks="HalfCheetah-v3 Walker2d-v3 Ant-v3 Humanoid-v3"
 
-fig2() { echo "./run.sh memory.py --plot $OUT/fig2.png"; }
+fig2() { echo "./run.sh memory.py --plot $(quoted "$OUT/fig2.png")"; }
 
 # 3 GB; 750 MB, rounded and not; 300 MB, rounded and not.
 fig3() {
-    local seed flags
+    local seed task flags
     for seed in ${SEEDS:-1 2 3}; do
-        for flags in "" "--quant-m 2" "--buffer-size 250000" "--buffer-size 400000 --quant-m 2" \
-            "--buffer-size 100000"; do
-            train sac Humanoid-v3 "$seed" "$flags"
+        for task in ${TASKS:-Humanoid-v3}; do
+            for flags in "" "--quant-m 2" "--buffer-size 250000" \
+                "--buffer-size 400000 --quant-m 2" "--buffer-size 100000"; do
+                train sac "$task" "$seed" "$flags"
+            done
         done
     done
 }
@@ -124,20 +133,20 @@ table1() {
     for algo in ${ALGOS:-ppo sac}; do
         for task in ${TASKS:-$paper_tasks}; do
             echo "./run.sh experiments/speed.py --cells $algo-64-$task --variants float64 rounded" \
-                "--rounds ${ROUNDS:-5} --resume --out $OUT/$algo-$task.csv"
+                "--rounds ${ROUNDS:-5} --resume --out $(quoted "$OUT/$algo-$task.csv")"
         done
     done
 }
 
 # refuse_variables: one line about a variable that makes no sense.
 refuse_variables() {
-    local name words
-    for name in SEEDS STEPS JOBS ROUNDS; do
-        words=${!name-}
-        [[ $words =~ ^([0-9]+ *)*$ ]] || { echo "run.sh: $name=\"$words\" is no number" >&2; exit 2; }
+    local name
+    for name in STEPS JOBS ROUNDS; do
+        [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name=\"${!name}\" is no number from 1 on"
     done
+    [[ ${SEEDS-} =~ ^\ *((0|[1-9][0-9]*)(\ +|$))*$ ]] || refuse "SEEDS=\"$SEEDS\" is no list of numbers"
     for name in ${ALGOS-}; do
-        [[ $name =~ ^(ppo|sac)$ ]] || { echo "run.sh: ALGOS: $name is neither ppo nor sac" >&2; exit 2; }
+        [[ $name =~ ^(ppo|sac)$ ]] || refuse "ALGOS: $name is neither ppo nor sac"
     done
 }
 
@@ -150,17 +159,15 @@ make() {
     case "${2-}" in
     "" | --draw) ;;
     --list) echo "$lines" && return ;;
-    *) echo "run.sh: $1 takes --list, --draw or nothing, not $2" >&2 && exit 2 ;;
+    *) refuse "$1 takes --list, --draw or nothing, not $2" ;;
     esac
     setup .venv requirements.txt
     [ "${2-}" != --draw ] || draw "$1" "$lines"
     [ "$1" != sb3 ] || setup .venv-bench experiments/requirements.txt
     if [ -n "${SLURM_ARRAY_TASK_ID-}" ]; then # just one line: the array's tasks count from 0
         count=$(wc -l <<<"$lines")
-        if [ "$SLURM_ARRAY_TASK_ID" -ge "$count" ]; then
-            echo "run.sh: $1 has $count lines, so use --array=0-$((count - 1))" >&2
-            exit 2
-        fi
+        [ "$SLURM_ARRAY_TASK_ID" -lt "$count" ] ||
+            refuse "$1 has $count lines, so use --array=0-$((count - 1))"
         lines=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$lines")
         exec .venv/bin/python experiments/jobs.py --exec <<<"$lines"
     fi
@@ -179,15 +186,53 @@ draw() {
         exec .venv/bin/python experiments/figures.py fig4 --out "$OUT" <<<"$2"$'\n'"$lines"
         ;;
     table1)
-        awk 'FNR > 1 || NR == 1' "$OUT"/*-*.csv >"$OUT/table1.csv" # one head for all cells
+        cells=("$OUT"/*-*.csv)
+        [ -e "${cells[0]}" ] || refuse "$OUT has no cell of table1 yet: ./run.sh table1 times them"
+        awk 'FNR > 1 || NR == 1' "${cells[@]}" >"$OUT/table1.csv" # one head for all cells
         exec .venv/bin/python experiments/speed.py --draw --out "$OUT/table1.csv"
         ;;
     esac
 }
 
+# attempt COMMAND...: run it; if it fails, go on and remember that, unless a signal has stopped it.
+attempt() {
+    "$@" && return
+    local code=$?
+    [ "$code" -lt 128 ] || exit "$code"
+    failed=1
+}
+
+# reproduce: all of experiments/results.
+reproduce() {
+    local results=experiments/results python=.venv/bin/python failed=0 figure
+    refuse_variables
+    setup .venv requirements.txt
+    attempt env OUT=$results ./run.sh fig2
+    for figure in fig3 sb3 fig4 ablate-m ablate-storage table1; do # fig4 shows sb3
+        attempt env OUT="$results/$figure" ./run.sh "$figure"
+    done
+    export OMP_NUM_THREADS=1
+    attempt $python experiments/ablation.py states ${STEPS:+--steps "$STEPS"} ${TASKS:+--env $TASKS}
+    attempt $python experiments/ablation.py errors --out $results/ablation
+    attempt $python experiments/ablation.py speed --env Humanoid-v3 --rounds "${ROUNDS:-3}" \
+        --steps 1000 --out $results/ablation
+    attempt $python experiments/budget.py --out $results/budget.csv
+    attempt $python experiments/checkpoint.py --out $results/checkpoint.csv
+    attempt $python experiments/soak.py --out $results/soak.csv \
+        ${STEPS:+--steps "$STEPS" --every $(((STEPS + 9) / 10))}
+    unset OMP_NUM_THREADS
+    attempt $python experiments/speed.py --cores 2 --rounds "${ROUNDS:-5}" --out $results/speed.csv
+    attempt $python experiments/scaling.py --rounds "${ROUNDS:-2}" --out $results/scaling.csv
+    exit $failed
+}
+
 case "${1-}" in
+help | --help | -h)
+    sed -n '2,/^#SBATCH/ { /^#SBATCH/! s/^# \{0,1\}//p }' "$script" # the head of this file
+    ;;
 test)
     setup .venv tests/requirements.txt # with all of requirements.txt
+    # As `setup .venv requirements.txt` would write it, which then has nothing to install.
     cat requirements.txt requirements.txt >.venv/requirements.txt.stamp
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
@@ -201,23 +246,7 @@ compare)
     exec .venv/bin/python experiments/compare.py "${@:2}"
     ;;
 reproduce)
-    results=experiments/results
-    for each in fig2 fig3 fig4 sb3 ablate-m ablate-storage table1; do
-        OUT=$results/$each ./run.sh "$each"
-    done
-    OUT=$results/fig4 ./run.sh fig4 # once more, with Stable-Baselines3
-    export OMP_NUM_THREADS=1
-    .venv/bin/python experiments/ablation.py states ${STEPS:+--steps "$STEPS"} ${TASKS:+--env $TASKS}
-    .venv/bin/python experiments/ablation.py errors --out $results/ablation
-    .venv/bin/python experiments/ablation.py speed --env Humanoid-v3 --rounds "${ROUNDS:-3}" \
-        --steps 1000 --out $results/ablation
-    .venv/bin/python experiments/budget.py --out $results/budget.csv
-    .venv/bin/python experiments/checkpoint.py --out $results/checkpoint.csv
-    .venv/bin/python experiments/soak.py --out $results/soak.csv \
-        ${STEPS:+--steps "$STEPS" --every $((STEPS / 10))}
-    unset OMP_NUM_THREADS
-    .venv/bin/python experiments/speed.py --cores 2 --rounds "${ROUNDS:-5}" --out $results/speed.csv
-    .venv/bin/python experiments/scaling.py --rounds "${ROUNDS:-2}" --out $results/scaling.csv
+    reproduce
     ;;
 play)
     setup .venv requirements.txt
@@ -232,6 +261,8 @@ experiments/peers.py)
     exec .venv/bin/python sac.py --env Humanoid-v3 --quant-m 2
     ;;
 *)
+    [ -e "$1" ] || [[ $1 == -* ]] ||
+        refuse "$1 is neither a command (see ./run.sh help) nor a file"
     setup .venv requirements.txt
     exec .venv/bin/python "$@"
     ;;

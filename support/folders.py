@@ -27,6 +27,10 @@ FORMAT = 3  # of checkpoints; raise it when the meaning of what is saved changes
 VERSIONS = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
 
 
+class InUse(ValueError):
+    """Another process is training in this folder."""
+
+
 @dataclass
 class Folder:
     """The folder of a run, locked.
@@ -167,7 +171,8 @@ def lock(path: Path, asked: str = "") -> int:
     read, NFS has no locks that another machine would see.
 
     Raises:
-        ValueError: another process has locked it, or it cannot be written to.
+        InUse: another process has locked it.
+        ValueError: it cannot be written to.
     """
     try:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -177,7 +182,7 @@ def lock(path: Path, asked: str = "") -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(f"{asked}another process is training {path}") from None
+        raise InUse(f"{asked}another process is training {path}") from None
     except OSError as error:
         told = f"warning: nothing keeps a second process from training {path}, as its file system"
         print(f"{told} has no locks: {error.strerror}", file=sys.stderr)

@@ -102,6 +102,11 @@ def code() -> str:
     return f"commit {commit[:10]}" + (f" with changes {changed}" if changed else "")
 
 
+def code_and_threads() -> str:
+    """`code`, and the number of torch's threads: with another one sums get other last bits."""
+    return f"{code()}, torch threads: {torch.get_num_threads()}"
+
+
 # --- The run --------------------------------------------------------------------------------------
 
 
@@ -145,13 +150,13 @@ class Run:
         self.signal: int | None = None  # the first that came
         self.stops_at_once = False  # whether a signal need not wait for `goes_on`
         self.warned_of_saving = self.warned_of_clamping = False
-        self.code_before: str | None = None  # the commit that the checkpoint was written by
+        self.code_before: str | None = None  # what the checkpoint was written by
         if folder.saved:
             with refusing(script), folder.reading():
                 self._restore(folder.saved)
                 self.code_before = "".join(filter(str.isprintable, str(folder.saved["code"])))
             folder.saved = None  # its tensors are the file, which would keep its space on the disk
-        self.code = code()  # as it is now; files may change while a run trains
+        self.code = code_and_threads()  # as they are now; files may change while a run trains
 
     def _restore(self, saved: dict) -> None:
         """Set all parts to what was saved. Raises ValueError naming a part that does not fit."""
@@ -186,7 +191,7 @@ class Run:
             settings = {"algo": self.script.removesuffix(".py")} | asdict(self.args)
             self.tensorboard.add_table("hyperparameters", settings)
         elif self.code_before != self.code:
-            self.warn(f"saved by code of {self.code_before}, goes on with that of {self.code}")
+            self.warn(f"saved by {self.code_before}; goes on with {self.code}")
         if self.saved_step is not None and fresh:
             self.warn(f"env {fresh} did not replay to where it was; a new episode begins there")
         self.handlers = {}

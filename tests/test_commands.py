@@ -164,6 +164,8 @@ def workplace(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / RESULTS, folder / RESULTS)
     (folder.parent / "before").symlink_to(ROOT)
     shutil.copy(ROOT / "run.sh", folder)
+    for script in ("sac.py", "ppo.py"):
+        (folder / script).symlink_to(ROOT / script)
     for name in ("requirements.txt", "experiments/requirements.txt"):
         shutil.copy(ROOT / name, folder / name)
         venv = folder / (".venv-bench" if "/" in name else ".venv")

@@ -33,7 +33,7 @@ def queue(lines: list[str], count: int = 1) -> jobs.Queue:
     except SystemExit as stopped:
         made.code = stopped.code
     else:
-        made.code = 0
+        made.code = None
     return made
 
 
@@ -50,7 +50,7 @@ def trained(job: jobs.Job) -> int:
 def test_the_folder_of_a_line_is_the_one_that_its_run_makes(tmp_path, capsys):
     done = queue([line(tmp_path, more="--quant-m 2 --tag mine")])
     (job,) = done.jobs
-    assert job.finished and done.code == 0
+    assert job.finished and done.finished == [job]
     assert folders.trained_steps(job.folder) == 250
     assert {path.name for path in tmp_path.iterdir()} == {job.folder.name, job.log.name}
     assert "trained; 0 evaluation episodes follow" in job.log.read_text()
@@ -80,7 +80,7 @@ def test_finished_runs_are_skipped_and_longer_ones_go_on(tmp_path):
     lines = [line(tmp_path, seed) for seed in (1, 2)]
     first = queue(lines, count=2)
     again = queue(lines)
-    assert [trained(job) for job in again.jobs] == [1, 1] and again.finished == 2
+    assert [trained(job) for job in again.jobs] == [1, 1] and len(again.finished) == 2
     longer = queue([line(tmp_path, 1, 400)])
     assert folders.trained_steps(longer.jobs[0].folder) == 400
     assert "--resume" in longer.jobs[0].log.read_text()
@@ -108,23 +108,24 @@ def test_what_another_process_trains_is_left_to_it(tmp_path, capsys):
     lock = folders.lock(job.folder)
     done = queue([line(tmp_path), line(tmp_path, seed=2)])
     folders.unlock(lock)
-    assert done.finished == 1 and trained(job) == 0 and done.code == 0
+    assert len(done.finished) == 1 and trained(job) == 0
     assert f"another process is training {job.folder}\n" in capsys.readouterr().err
-    assert queue([line(tmp_path)]).finished == 1
+    assert len(queue([line(tmp_path)]).finished) == 1
 
 
 def test_what_another_machine_has_finished_meanwhile_is_not_trained_again(tmp_path):
     made = jobs.Queue([jobs.parse(line(tmp_path))], 1)
     queue([line(tmp_path)])
     made.run()
-    assert made.finished == 1 and trained(made.jobs[0]) == 1
+    assert len(made.finished) == 1 and trained(made.jobs[0]) == 1
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     job = jobs.parse(line(tmp_path))
     job.folder.mkdir()
     (job.folder / "events.out.tfevents.1.host").write_bytes(b"")
-    assert queue([line(tmp_path)]).finished == 1
+    (job.folder / "checkpoint.pt.part").write_bytes(b"half of it")
+    assert len(queue([line(tmp_path)]).finished) == 1
     assert len([*job.folder.glob("events*")]) == 1
 
 
@@ -159,7 +160,7 @@ def test_stopped_it_saves_its_runs_and_the_same_command_goes_on(number, tmp_path
     assert re.search(r"saved as of step \d+; resume with", first.last_words())
     assert not second.folder.exists() and not (tmp_path / "then").exists()
     done = queue(lines, count=2)
-    assert done.finished == 2 and [trained(job) for job in done.jobs] == [2, 1]
+    assert len(done.finished) == 2 and [trained(job) for job in done.jobs] == [2, 1]
     (straight,) = queue([line(tmp_path / "straight", 1, 2000, rarely)]).jobs
     assert weights(first.folder) == weights(straight.folder)
 
@@ -193,6 +194,192 @@ def test_one_line_in_place_of_the_program(tmp_path, monkeypatch):
     folders.unlock(lock)
 
 
+# --- With a stand-in for run.sh -------------------------------------------------------------------
+
+# run.sh NAME: does what the script NAME says, and notes that it began and ended.
+STAND_IN = """#!/bin/bash
+echo "begins $OMP_NUM_THREADS" >>notes
+code=0
+source ./"$1" || code=$?
+echo ends >>notes
+exit $code
+"""
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A function that writes a script for the stand-in and returns its job."""
+    (tmp_path / "run.sh").write_text(STAND_IN)
+    (tmp_path / "run.sh").chmod(0o755)
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def job(name: str, script: str = "") -> jobs.Job:
+        (tmp_path / name).write_text(script)
+        return jobs.parse(f"./run.sh {name}")
+
+    return job
+
+
+def begun(folder: Path) -> list[str]:
+    return [note for note in (folder / "notes").read_text().split("\n") if "begins" in note]
+
+
+def main(monkeypatch, lines: list[str], *argv: str) -> int:
+    """The exit code of jobs.py."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    with pytest.raises(SystemExit) as end:
+        jobs.main(list(argv))
+    return end.value.code
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal of 100 columns."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_two_at_once_share_the_cores(house, tmp_path, monkeypatch):
+    """Each of the first two ends only when both have begun, so that one at a time would fail."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    wait = "for _ in {1..400}; do [ -e here-$((3 - $2)) ] && return; sleep 0.05; done; return 1"
+    for number in (1, 2):
+        house(f"pair{number}", f"set -- x {number}; touch here-{number}; {wait}")
+    made = jobs.Queue([jobs.parse(f"./run.sh pair{n}") for n in (1, 2)], 2)
+    made.jobs += [job := house("third")]
+    made.waiting += [job]
+    made.run()
+    assert len(made.finished) == 3
+    assert begun(tmp_path) == ["begins 4"] * 3
+    running = most = 0
+    for note in (tmp_path / "notes").read_text().splitlines():
+        running += 1 if "begins" in note else -1
+        most = max(most, running)
+    assert most == 2
+
+
+def test_what_two_queues_start_at_once_has_not_failed(house, monkeypatch, tmp_path, capsys):
+    """The child of one finds the folder locked, as the other one was quicker."""
+    found = {name: house(name, f"echo {name} said no; return 2") for name in ("a", "b", "c")}
+    for name, job in found.items():
+        job.folder = tmp_path / "runs" / name
+        job.folder.mkdir(parents=True)
+    result = f"echo '{{\"global_step\": 1}}' >{found['a'].folder}/result.json; return 2"
+    (tmp_path / "a").write_text(result)  # finished by another one meanwhile
+    locks = []
+    start = jobs.Job.start
+
+    def start_and_be_late(job: jobs.Job, threads: int) -> None:
+        start(job, threads)
+        if job is found["b"]:
+            locks.append(folders.lock(job.folder))
+
+    monkeypatch.setattr(jobs.Job, "start", start_and_be_late)
+    made = jobs.Queue(list(found.values()), 1)
+    made.run()
+    folders.unlock(*locks)
+    assert [made.finished, made.elsewhere, made.failed] == [[job] for job in found.values()]
+    assert found["c"].reason.startswith("c said no; see ")
+    assert not found["a"].trained_elsewhere()
+    found["a"].log.write_text("sac.py: error: another process is training it\n")
+    assert found["a"].trained_elsewhere()  # what it met, though that has ended by now
+
+
+def test_the_exit_code_is_0_only_if_all_are_finished(house, tmp_path, monkeypatch):
+    for name, script in (("good", ""), ("bad", "return 7")):
+        house(name, script)
+    good, bad = "./run.sh good", "./run.sh bad"
+    assert main(monkeypatch, [good]) == 0
+    assert main(monkeypatch, [good, bad], "--then", "touch", "drawn") == 1
+    assert (tmp_path / "drawn").exists()
+    assert main(monkeypatch, [good], "--then", "false") == 1
+    job = jobs.parse(line(tmp_path / "runs"))
+    job.folder.mkdir(parents=True)
+    lock = folders.lock(job.folder)
+    assert main(monkeypatch, [job.line]) == 1
+    folders.unlock(lock)
+
+
+def test_a_line_that_stands_there_twice_is_run_once(house, tmp_path, monkeypatch, capsys):
+    house("once")
+    assert main(monkeypatch, ["./run.sh once", " ./run.sh once "]) == 0
+    assert len(begun(tmp_path)) == 1 and "1 of 1 done" in capsys.readouterr().err
+
+
+def test_one_that_cannot_start_is_failed_and_the_others_run(house, tmp_path, monkeypatch, capsys):
+    house("no-log"), house("good"), house("no-process")
+    jobs.parse("./run.sh no-log").log.mkdir(parents=True)
+    popen = subprocess.Popen
+
+    def start(words: list[str], **options) -> subprocess.Popen:
+        if "no-process" in words:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return popen(words, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    closed = jobs.parse(line(tmp_path / "runs"))
+    (closed.folder / folders.LOCK).mkdir(parents=True)  # cannot be opened for writing
+    lines = ["./run.sh no-log", "./run.sh no-process", closed.line, "./run.sh good"]
+    assert main(monkeypatch, lines, "--jobs", "1") == 1
+    err = capsys.readouterr().err
+    assert "failed: ./run.sh no-log\n  [Errno 21] Is a directory" in err
+    assert "failed: ./run.sh no-process\n  [Errno 11] Resource temporarily unavailable" in err
+    assert f"\n  cannot train in {closed.folder}" in err and "1 of 4 done" in err
+
+
+def test_an_error_of_the_queue_leaves_nothing_running(house, monkeypatch):
+    made = jobs.Queue([job := house("long", "exec sleep 600")], 1)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(jobs.Job, "advance", lambda job: 1 / 0 if job.process else 0)
+    with pytest.raises(ZeroDivisionError):
+        made.run()
+    assert job.process.returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_one_starts_reaches_it_once(house, monkeypatch):
+    made = jobs.Queue([job := house("long", "exec sleep 600")], 1)
+    told, popen = [], subprocess.Popen
+
+    def start(*words, **options) -> subprocess.Popen:
+        process = popen(*words, **options)
+        process.terminate = lambda: told.append(1) or process.kill()
+        signal.raise_signal(signal.SIGTERM)  # before the queue has the process
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(SystemExit) as end:
+        made.run()
+    assert end.value.code == 143 and told == [1] and job.process.returncode == -signal.SIGKILL
+    assert not made.failed
+
+
+def test_without_a_terminal_each_run_that_ends_is_a_line(house, capsys):
+    made = jobs.Queue([house("good"), house("bad", "return 1")], 1)
+    made.began -= 12 * 60
+    made.run()
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "jobs.py: 1 of 2 done, 12 min: ./run.sh good",
+        "jobs.py: 1 of 2 done, 12 min: failed: ./run.sh bad",
+    ]
+
+
+def test_the_bar_moves_and_ends_with_all_done(house, tmp_path, monkeypatch):
+    """For what it trains, for what fails, and for what another machine has finished meanwhile."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "100")
+    other = house("other")
+    other.folder, other.steps = tmp_path / "runs/other", 5
+    result = f"mkdir -p {other.folder}; echo '{{\"global_step\": 5}}' >{other.folder}/result.json"
+    made = jobs.Queue([house("one", result), other, house("bad", "return 1")], 1)
+    made.run()
+    shown = re.findall(r"(\d+)% \|.*?\| (\d) of 3 done", sys.stderr.getvalue())
+    assert shown[0] == ("0", "0") and shown[-1] == ("100", "2")
+    assert made.finished == [made.jobs[0], other] and not other.process
+    assert [int(percent) for percent, _ in shown] == sorted(int(percent) for percent, _ in shown)
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "why"),
     [
@@ -201,6 +388,8 @@ def test_one_line_in_place_of_the_program(tmp_path, monkeypatch):
         ("./run.sh experiments/peers.py --lib sb3", [], "lacks --algo"),
         ("", ["--jobs", "0"], "--jobs 0 must be at least 1"),
         ("", ["--jobs", "x"], "invalid int"),
+        ("", ["--exec"], "--exec runs exactly one line, not 0"),
+        ("./run.sh a.py\n./run.sh b.py", ["--exec"], "--exec runs exactly one line, not 2"),
     ],
 )
 def test_bad_input_is_one_line(text, argv, why, monkeypatch, capsys):

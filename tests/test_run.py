@@ -1,9 +1,11 @@
 """run.sh with stand-ins for Python and the requirements: sets up once, repairs, removes no venv."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ case "$1 $2" in
 "-m venv") mkdir -p "$3/bin" && ln -s "$(readlink -f "$0")" "$3/bin/python" ;;
 "-m pip") echo "${{0#$PWD/}} $*" >>pip-calls; ! cat pip-fails 2>/dev/null ;;
 -c*) exec {sys.executable} "$@" ;;
-*) echo "${{0#$PWD/}} $*"; exit 3 ;;
+*) echo "${{0#$PWD/}} $*"; exit "${{CODE:-3}}" ;;
 esac
 """
 
@@ -29,6 +31,8 @@ def house(tmp_path, monkeypatch):
         shutil.copy(ROOT / name, tmp_path / "house" / name)
     for name in ("requirements.txt", "tests/requirements.txt", "experiments/requirements.txt"):
         (tmp_path / "house" / name).write_text(f"# {name}\n")
+    for name in ("sac.py", "x.py"):
+        (tmp_path / "house" / name).touch()
     (tmp_path / "house/tests/install_system.sh").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "house/tests/install_system.sh").chmod(0o755)
     (tmp_path / "bin/python3").write_text(PYTHON)
@@ -129,6 +133,36 @@ def test_a_failed_setup_says_so_and_leaves_no_venv_behind(house):
     assert not (house / ".venv").exists()
 
 
+def test_without_locks_a_failed_setup_keeps_what_another_may_be_filling(house):
+    (house.parent / "bin/flock").write_text("#!/bin/sh\nexit 1\n")
+    (house.parent / "bin/flock").chmod(0o755)
+    (house / "pip-fails").touch()
+    failed = run(house / "run.sh")
+    assert failed.returncode == 1
+    said = "run.sh: installing requirements.txt into .venv failed, see above"
+    assert failed.stderr.splitlines()[-1] == said
+    assert (house / ".venv/bin/python").exists()
+    (house / "pip-fails").unlink()
+    assert run(house / "run.sh").returncode == 3
+
+
+def test_of_two_setups_at_once_one_installs(house):
+    """The stand-in's pip waits until both are at the lock, or would both install."""
+    notes = house / "flock-calls"
+    flock = f'#!/bin/sh\necho >>{notes}\nexec {shutil.which("flock")} "$@"\n'
+    (house.parent / "bin/flock").write_text(flock)
+    (house.parent / "bin/flock").chmod(0o755)
+    slow = PYTHON.replace("; ! cat pip-fails", "; until [ -e go ]; do sleep 0.05; done; ! cat no")
+    (house.parent / "bin/python3").write_text(slow)
+    both = [subprocess.Popen([house / "run.sh"], stderr=subprocess.DEVNULL) for _ in range(2)]
+    while not notes.exists() or len(notes.read_text()) < 2 > len(pip_calls(house)):
+        assert [process.poll() for process in both] == [None, None]
+        time.sleep(0.05)
+    (house / "go").touch()
+    assert [process.wait() for process in both] == [3, 3]
+    assert len(pip_calls(house)) == 1
+
+
 def test_a_failed_update_keeps_the_venv_that_worked(house):
     run(house / "run.sh")
     stamp = (house / ".venv/requirements.txt.stamp").read_text()
@@ -201,15 +235,35 @@ def test_variables_narrow_a_list():
     )
     assert "--rounds 2 " in listed("table1", ROUNDS="2")[0]
     assert listed("fig2", OUT="there") == ["./run.sh memory.py --plot there/fig2.png"]
+    assert listed("fig3", SEEDS=" 0  1 ", TASKS="Ant-v3") == [
+        line.replace("Humanoid", "Ant").replace("--seed 2", f"--seed {seed}")
+        for seed in (0, 1)
+        for line in listed("fig3", SEEDS="2")
+    ]
+
+
+def test_a_folder_with_spaces_is_one_word_of_a_line():
+    assert shlex.split(listed("fig2", OUT="my figures")[0])[2:] == [
+        "--plot",
+        "my figures/fig2.png",
+    ]
+    for line in listed("table1", OUT="my figures", ALGOS="ppo", TASKS="Ant-v3"):
+        assert shlex.split(line)[-2:] == ["--out", "my figures/ppo-Ant-v3.csv"]
 
 
 @pytest.mark.parametrize(
     ("variables", "words", "why"),
     [
-        ({"SEEDS": "1 two"}, ["fig4"], 'SEEDS="1 two" is no number'),
-        ({"STEPS": "1e6"}, ["fig4", "--list"], 'STEPS="1e6" is no number'),
-        ({"JOBS": "-1"}, ["fig3"], 'JOBS="-1" is no number'),
+        ({"SEEDS": "1 two"}, ["fig4"], 'SEEDS="1 two" is no list of numbers'),
+        ({"SEEDS": "1 02"}, ["fig4"], 'SEEDS="1 02" is no list of numbers'),
+        ({"STEPS": "1e6"}, ["fig4", "--list"], 'STEPS="1e6" is no number from 1 on'),
+        ({"STEPS": "1 2"}, ["fig4", "--list"], 'STEPS="1 2" is no number from 1 on'),
+        ({"STEPS": "08"}, ["fig4", "--list"], 'STEPS="08" is no number from 1 on'),
+        ({"STEPS": "08"}, ["reproduce"], 'STEPS="08" is no number from 1 on'),
+        ({"ROUNDS": "0"}, ["table1", "--list"], 'ROUNDS="0" is no number from 1 on'),
+        ({"JOBS": "-1"}, ["fig3"], 'JOBS="-1" is no number from 1 on'),
         ({"ALGOS": "sac td3"}, ["fig4"], "ALGOS: td3 is neither ppo nor sac"),
+        ({}, ["fig5"], "fig5 is neither a command (see ./run.sh help) nor a file"),
         ({}, ["fig4", "--lst"], "fig4 takes --list, --draw or nothing, not --lst"),
     ],
 )
@@ -263,3 +317,47 @@ def test_the_cells_of_table_1_are_put_together(house):
 def test_short_names_of_commands(house, command):
     done = run(house / "run.sh", command, "runs/a b", "--out", "x")
     assert done.stdout == f".venv/bin/python experiments/{command}.py runs/a b --out x\n"
+
+
+@pytest.mark.parametrize("word", ["help", "--help", "-h"])
+def test_help_is_the_head_of_run_sh(house, word):
+    done = run(house / "run.sh", word)
+    head = (ROOT / "run.sh").read_text().split("#SBATCH")[0].splitlines()[1:]
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
+    assert done.returncode == 0 and not (house / ".venv").exists()
+
+
+def test_options_of_python_are_passed_on(house):
+    assert run(house / "run.sh", "-m", "x").stdout == ".venv/bin/python -m x\n"
+
+
+def test_table_1_without_a_cell_is_one_line(house):
+    done = run(house / "run.sh", "table1", "--draw", env=os.environ | {"OUT": "none"})
+    why = "run.sh: none has no cell of table1 yet: ./run.sh table1 times them"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, why)
+    assert done.stdout == ""
+
+
+def test_reproduce_goes_on_after_a_failure_but_not_after_a_signal(house):
+    done = run(house / "run.sh", "reproduce")
+    lines = done.stdout.splitlines()
+    queues = [line.split("./run.sh ")[1] for line in lines if "jobs.py" in line]
+    figures = ["fig2", "fig3", "sb3", "fig4", "ablate-m", "ablate-storage", "table1"]
+    assert queues == [f"{figure} --draw" for figure in figures]
+    assert done.returncode == 1 and "scaling.py" in lines[-1] and len(lines) == 15
+    assert run(house / "run.sh", "reproduce", env=os.environ | {"CODE": "0"}).returncode == 0
+    stopped = run(house / "run.sh", "reproduce", env=os.environ | {"CODE": "130"})
+    assert stopped.returncode == 130 and len(stopped.stdout.splitlines()) == 1
+
+
+def test_reproduce_puts_each_figure_where_the_pages_look(house):
+    """The stand-in prints where each is to go."""
+    python = house.parent / "bin/python3"
+    python.write_text(PYTHON.replace('echo "${0#$PWD/} $*"; exit', 'echo "$OUT"; cat; exit'))
+    done = run(house / "run.sh", "reproduce", stdin=subprocess.DEVNULL)
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [
+        "experiments/results",
+        "./run.sh memory.py --plot experiments/results/fig2.png",
+    ]
+    assert {"experiments/results/fig3", "experiments/results/table1"} <= set(lines)

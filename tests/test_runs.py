@@ -654,16 +654,19 @@ def test_commit_and_changes_are_those_of_this_repository(tmp_path, monkeypatch):
         runs._git.cache_clear()
 
 
-def test_resuming_under_other_code_says_so_and_goes_on(tmp_path, monkeypatch, capfd):
-    for steps, commit in ((STEPS, "one"), (STEPS + 4, "one"), (STEPS + 8, "two")):
+def test_resuming_under_other_code_or_threads_says_so_and_goes_on(tmp_path, monkeypatch, capfd):
+    """Either may give other digits."""
+    parts = [("one", 1), ("one", 1), ("two", 1), ("two", 2)]
+    told = [f"commit {commit}, torch threads: {threads}" for commit, threads in parts]
+    for at, (commit, threads) in enumerate(parts):
         capfd.readouterr()
         monkeypatch.setattr(runs, "code", lambda commit=commit: f"commit {commit}")
-        result = train(
-            tmp_path, resume=steps > STEPS, total_timesteps=steps, checkpoint_every=STEPS
-        )["result"]
-        assert result["global_step"] == steps
-        said = "warning: saved by code of commit one, goes on with that of commit two\n"
-        assert capfd.readouterr().err == (said if commit == "two" else "")
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        steps = STEPS + 4 * at
+        result = train(tmp_path, resume=at > 0, total_timesteps=steps, checkpoint_every=STEPS)
+        assert result["result"]["global_step"] == steps
+        said = f"warning: saved by {told[at - 1]}; goes on with {told[at]}\n"
+        assert capfd.readouterr().err == (said if at > 1 else "")
 
 
 def test_the_hyperparameters_are_in_the_log(tmp_path):
