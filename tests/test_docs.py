@@ -103,6 +103,23 @@ def test_the_tables_of_memory_are_what_memory_py_prints(capsys):
     assert in_docs == totals
 
 
+def test_the_returns_of_learning_are_those_of_the_figure():
+    """Its rows are float64, rounded, Stable-Baselines3; the figure's table has a line for each."""
+
+    def cells(page: Path, width: int) -> list[list[str]]:
+        rows = (line.split("|")[1:-1] for line in page.read_text().splitlines())
+        return [[cell.strip() for cell in row] for row in rows if len(row) == width]
+
+    table = cells(ROOT / "experiments/results/fig4/fig4.md", 5)
+    # Differences stand below, in as many columns.
+    figure = {(task, method): shown for task, method, _, n, shown in table if n[:1].isdigit()}
+    page = [row for row in cells(ROOT / "docs/learning.md", 8) if row[0] in ("PPO", "SAC")]
+    assert len(page) == 7
+    for algo, task, _, _, *shown, _ in page:
+        methods = ("float64", "m=1" if algo == "PPO" else "m=2", "SB3")
+        assert shown == [figure.get((f"{algo}, {task}", name), "-") for name in methods], task
+
+
 # --- Links and files -----------------------------------------------------------------------------
 
 
