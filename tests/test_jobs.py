@@ -255,7 +255,7 @@ def test_two_at_once_share_the_cores(house, tmp_path, monkeypatch):
     made.run()
     assert len(made.finished) == 3
     assert begun(tmp_path) == ["begins 4"] * 3
-    assert at_once == [1, 2, 2]
+    assert max(at_once) == 2
 
 
 def test_what_two_queues_start_at_once_has_not_failed(house, monkeypatch, tmp_path, capsys):
