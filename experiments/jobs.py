@@ -92,19 +92,22 @@ class Job:
 
         Raises:
             folders.InUse: another process is training it.
-            ValueError: the folder cannot be written to.
+            ValueError, OSError: the folder cannot be written to.
         """
         if self.folder is None or not self.folder.exists():
             return
         lock = folders.lock(self.folder)
-        if not any((self.folder / name).exists() for name in ("checkpoint.pt", "result.json")):
+        try:
+            if any((self.folder / name).exists() for name in ("checkpoint.pt", "result.json")):
+                return
             for left in ("events.out.tfevents.*", "*.part"):
                 for file in self.folder.glob(left):
                     file.unlink()
-        folders.unlock(lock)
+        finally:
+            folders.unlock(lock)
 
     def start(self, threads: int) -> None:
-        """Run the command in the background. OSError: it cannot be; ValueError as of `clear`."""
+        """Run the command in the background. Raises OSError, and what `clear` does."""
         self.clear()
         words = self.words
         self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -196,13 +196,10 @@ def test_one_line_in_place_of_the_program(tmp_path, monkeypatch):
 
 # --- With a stand-in for run.sh -------------------------------------------------------------------
 
-# run.sh NAME: does what the script NAME says, and notes that it began and ended.
+# run.sh NAME: notes its threads, and does what the script NAME says.
 STAND_IN = """#!/bin/bash
 echo "begins $OMP_NUM_THREADS" >>notes
-code=0
-source ./"$1" || code=$?
-echo ends >>notes
-exit $code
+source ./"$1"
 """
 
 
@@ -222,7 +219,7 @@ def house(tmp_path, monkeypatch):
 
 
 def begun(folder: Path) -> list[str]:
-    return [note for note in (folder / "notes").read_text().split("\n") if "begins" in note]
+    return (folder / "notes").read_text().splitlines()
 
 
 def main(monkeypatch, lines: list[str], *argv: str) -> int:
@@ -246,17 +243,19 @@ def test_two_at_once_share_the_cores(house, tmp_path, monkeypatch):
     wait = "for _ in {1..400}; do [ -e here-$((3 - $2)) ] && return; sleep 0.05; done; return 1"
     for number in (1, 2):
         house(f"pair{number}", f"set -- x {number}; touch here-{number}; {wait}")
-    made = jobs.Queue([jobs.parse(f"./run.sh pair{n}") for n in (1, 2)], 2)
-    made.jobs += [job := house("third")]
-    made.waiting += [job]
+    house("third")
+    made = jobs.Queue([jobs.parse(f"./run.sh {name}") for name in ("pair1", "pair2", "third")], 2)
+    start, at_once = jobs.Job.start, []
+
+    def start_and_count(job: jobs.Job, threads: int) -> None:
+        at_once.append(len(made.running))
+        start(job, threads)
+
+    monkeypatch.setattr(jobs.Job, "start", start_and_count)
     made.run()
     assert len(made.finished) == 3
     assert begun(tmp_path) == ["begins 4"] * 3
-    running = most = 0
-    for note in (tmp_path / "notes").read_text().splitlines():
-        running += 1 if "begins" in note else -1
-        most = max(most, running)
-    assert most == 2
+    assert max(at_once) == 2
 
 
 def test_what_two_queues_start_at_once_has_not_failed(house, monkeypatch, tmp_path, capsys):
@@ -329,7 +328,7 @@ def test_one_that_cannot_start_is_failed_and_the_others_run(house, tmp_path, mon
 
 
 def test_an_error_of_the_queue_leaves_nothing_running(house, monkeypatch):
-    made = jobs.Queue([job := house("long", "exec sleep 600")], 1)
+    made = jobs.Queue([job := house("long", "exec sleep 20")], 1)
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(jobs.Job, "advance", lambda job: 1 / 0 if job.process else 0)
     with pytest.raises(ZeroDivisionError):
@@ -339,7 +338,7 @@ def test_an_error_of_the_queue_leaves_nothing_running(house, monkeypatch):
 
 
 def test_a_signal_while_one_starts_reaches_it_once(house, monkeypatch):
-    made = jobs.Queue([job := house("long", "exec sleep 600")], 1)
+    made = jobs.Queue([job := house("long", "exec sleep 20")], 1)
     told, popen = [], subprocess.Popen
 
     def start(*words, **options) -> subprocess.Popen:
@@ -372,11 +371,11 @@ def test_the_bar_moves_and_ends_with_all_done(house, tmp_path, monkeypatch):
     other = house("other")
     other.folder, other.steps = tmp_path / "runs/other", 5
     result = f"mkdir -p {other.folder}; echo '{{\"global_step\": 5}}' >{other.folder}/result.json"
-    made = jobs.Queue([house("one", result), other, house("bad", "return 1")], 1)
+    made = jobs.Queue([house("one", result), other, house("bad", "return 1"), house("last")], 1)
     made.run()
-    shown = re.findall(r"(\d+)% \|.*?\| (\d) of 3 done", sys.stderr.getvalue())
-    assert shown[0] == ("0", "0") and shown[-1] == ("100", "2")
-    assert made.finished == [made.jobs[0], other] and not other.process
+    shown = re.findall(r"(\d+)% \|.*?\| (\d) of 4 done", sys.stderr.getvalue())
+    assert shown[0] == ("0", "0") and shown[-1] == ("100", "3")
+    assert made.finished == [made.jobs[0], other, made.jobs[3]] and not other.process
     assert [int(percent) for percent, _ in shown] == sorted(int(percent) for percent, _ in shown)
 
 
