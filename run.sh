@@ -144,7 +144,8 @@ refuse_variables() {
     for name in STEPS JOBS ROUNDS; do
         [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || refuse "$name=\"${!name}\" is no number from 1 on"
     done
-    [[ ${SEEDS-} =~ ^\ *((0|[1-9][0-9]*)(\ +|$))*$ ]] || refuse "SEEDS=\"$SEEDS\" is no list of numbers"
+    [[ ${SEEDS-} =~ ^\ *((0|[1-9][0-9]*)(\ +|$))*$ ]] ||
+        refuse "SEEDS=\"$SEEDS\" is no list of numbers"
     for name in ${ALGOS-}; do
         [[ $name =~ ^(ppo|sac)$ ]] || refuse "ALGOS: $name is neither ppo nor sac"
     done
