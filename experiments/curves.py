@@ -427,9 +427,10 @@ def draw(
                 axes.set_xlim(left=0)
                 axes.grid()
                 drawing.thousands(axes)
-        of_seeds = f"n of the seeds {seeds_of(seeds)}" if len(seeds) > 1 else f"seed {min(seeds)}"
-        caption = f"{CAPTIONS[robust]} over {of_seeds}; running mean of three bins."
+        several = f"{CAPTIONS[robust]} over n of the seeds {seeds_of(seeds)}"
+        caption = several if len(seeds) > 1 else f"Seed {min(seeds)}"
+        caption = textwrap.fill(f"{caption}; running mean of three bins.", letters)
         figure.supylabel("episodic return", fontsize=8)
-        figure.supxlabel(f"environment steps\n{textwrap.fill(caption, letters)}", fontsize=8)
+        figure.supxlabel(f"environment steps\n{caption}", fontsize=8)
         figure.legend(lines.values(), lines, loc="outside upper center", ncols=abreast)
         drawing.save(figure, path)
