@@ -114,7 +114,7 @@ def read_run(folder: Path) -> Run:
     if RETURN not in tags["scalars"]:
         raise ValueError("no episode has ended in it yet")
     scalars = [(event.step, event.value) for event in events.Scalars(RETURN)]
-    steps, returns = np.array(scalars).T
+    steps, returns = np.array(scalars, np.float64).T
     end, result = int(steps[-1]), {}
     if (folder / "result.json").exists():
         try:
@@ -122,7 +122,7 @@ def read_run(folder: Path) -> Run:
             end = max(end, int(result["global_step"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"its result.json is damaged: {error!r}") from None
-    return Run(folder, settings, steps.astype(int), returns, end, result)
+    return Run(folder, settings, steps.astype(np.int64), returns, end, result)
 
 
 def parse_table(text: str) -> dict:
@@ -292,7 +292,7 @@ def interval(
         statistic: takes one array (draws, n) for each sample, returns (draws,).
         samples: n numbers each, one per seed; each is drawn from by itself, with replacement.
     """
-    samples = [np.array([*sample]) for sample in samples]
+    samples = [np.array([*sample], np.float64) for sample in samples]
     if min(map(len, samples)) < LEAST_SEEDS:
         return None
     rng = np.random.default_rng(1)
@@ -311,7 +311,7 @@ def difference(
     """
     if not returns or not reference:
         return "-", "-"
-    a, b, found = np.array(returns), np.array(reference), None
+    a, b, found = np.array(returns, np.float64), np.array(reference, np.float64), None
     if robust:
         shown = iqm(a) - iqm(b)
         found = interval(lambda x, y: iqm(x) - iqm(y), a, b)

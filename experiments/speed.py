@@ -34,6 +34,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import curves
 from curves import Parser, optional, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,11 +310,8 @@ def summary(ratios: list[dict[str, float]], goal: float | None) -> list[str]:
 
 def markdown(table: list[list[str]]) -> None:
     """Print a table whose first line is its head; nothing if it has no other."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     if len(table) > 1:
-        print()
-        for line in [table[0], ["-" * width for width in widths], *table[1:]]:
-            print("|", " | ".join(map(str.ljust, line, widths)), "|")
+        print(f"\n{curves.markdown(table)}")
 
 
 def report(rows: list[dict[str, str]]) -> None:
