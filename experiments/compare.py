@@ -14,9 +14,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
 import curves
+import intervals
 from curves import Run
 from support import arguments, drawing
 
@@ -110,8 +109,8 @@ def table(panels: dict[str, dict[str, dict[int, Run]]], robust: bool) -> list[li
             if reference is None:
                 reference = each
             else:
-                against = curves.difference(each, reference, robust)
-            shown = f"{curves.iqm(np.array(each)):.0f}" if robust and each else curves.spread(each)
+                against = intervals.difference(each, reference, robust)
+            shown = f"{intervals.iqm(each):.0f}" if robust and each else intervals.spread(each)
             steps = f"{shortest.end:,}"
             lines.append([panel, name, curves.seeds_of(returns), steps, shown, *against])
     return lines

@@ -2,7 +2,8 @@
 
 `runs.csv` has one row per run, `curves.csv` one per run and bin of steps: the mean return of the
 episodes that ended in it, and no row where none did. Both are small enough to be committed;
-figures and tables are made from them alone. compare.py and figures.py are the commands.
+figures and tables are made from them alone. compare.py and figures.py are the commands,
+intervals.py has the statistics.
 """
 
 import argparse
@@ -21,17 +22,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import intervals
+from intervals import LEAST_SEEDS
 from support import arguments, checkpoints, drawing
 
 BINS = 60  # of the longest run, or up to twice as many
 RETURN, SETTINGS = "charts/episodic_return", "hyperparameters/text_summary"
 NO_DIFFERENCE = {"seed", *arguments.MAY_DIFFER}  # what makes no other experiment
-LEAST_SEEDS = 5  # for a bootstrap: fewer resampled ones would make its interval far too narrow
 KEY = ["algo", "env", "method", "seed"]  # what identifies a run
 CURVES = [*KEY, "step", "episodic_return", "episodes"]
 RUNS = [*KEY, "steps", "return_last_tenth", "eval_mean", "eval_std", "eval_episodes", "max_abs_obs"]
@@ -271,65 +272,18 @@ def read_returns(results: Path, panel: Callable[[dict], str], methods: Iterable[
     return found
 
 
-# --- Statistics ----------------------------------------------------------------------------------
+# --- As text --------------------------------------------------------------------------------------
 
 
-def iqm(x: np.ndarray) -> np.ndarray:
-    """Interquartile mean over the last axis: without the lowest and the highest quarter.
-
-    Of n numbers int(n / 4) are left out at either end, as rliable does it: of three none.
-    """
-    cut = x.shape[-1] // 4
-    return np.sort(x, -1)[..., cut : x.shape[-1] - cut].mean(-1)
-
-
-def interval(
-    statistic: Callable[..., np.ndarray], *samples: Iterable[float]
-) -> tuple[float, float] | None:
-    """95% interval of a statistic: percentile bootstrap; None with fewer than LEAST_SEEDS numbers.
-
-    Args:
-        statistic: takes one array (draws, n) for each sample, returns (draws,).
-        samples: n numbers each, one per seed; each is drawn from by itself, with replacement.
-    """
-    samples = [np.array([*sample], np.float64) for sample in samples]
-    if min(map(len, samples)) < LEAST_SEEDS:
-        return None
-    rng = np.random.default_rng(1)
-    drawn = [sample[rng.integers(len(sample), size=(10_000, len(sample)))] for sample in samples]
-    low, high = np.percentile(statistic(*drawn), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def difference(
-    returns: list[float], reference: list[float], robust: bool = False
-) -> tuple[str, str]:
-    """How much higher returns are than those of a reference, and the 95% interval, as text.
-
-    One number per seed each. Of means, with Welch's t interval, or if robust of interquartile
-    means, with `interval`. "-" where there are too few numbers.
-    """
-    if not returns or not reference:
-        return "-", "-"
-    a, b, found = np.array(returns, np.float64), np.array(reference, np.float64), None
-    if robust:
-        shown = iqm(a) - iqm(b)
-        found = interval(lambda x, y: iqm(x) - iqm(y), a, b)
-    else:
-        shown = a.mean() - b.mean()
-        if min(len(a), len(b)) > 1 and a.var() + b.var() > 0:
-            errors = np.array([x.var(ddof=1) / len(x) for x in (a, b)])  # squared
-            freedom = errors.sum() ** 2 / (errors**2 / [len(a) - 1, len(b) - 1]).sum()
-            half = stats.t.ppf(0.975, freedom) * errors.sum() ** 0.5
-            found = shown - half, shown + half
-    return f"{shown:+.0f}", "-" if found is None else f"{found[0]:+.0f} to {found[1]:+.0f}"
-
-
-def spread(returns: list[float]) -> str:
-    """Mean ± sample standard deviation over seeds, or what there is of it."""
-    if len(returns) < 2:
-        return f"{returns[0]:.0f}" if returns else "-"
-    return f"{np.mean(returns):.0f} ± {np.std(returns, ddof=1):.0f}"
+def seeds_of(numbers: Iterable[int]) -> str:
+    """{1, 2, 3, 5} -> "1 to 3, 5"."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{a} to {b}" if b > a else f"{a}" for a, b in spans)
 
 
 def markdown(table: list[list[str]]) -> str:
@@ -359,26 +313,15 @@ def draw_method(axes: Axes, seeds: list[dict[int, float]], look: dict, robust: b
     values = np.array([np.interp(steps, [*seed], [*seed.values()]) for seed in seeds])  # (n, steps)
     middle, band = values.mean(0), None
     if robust:
-        middle = iqm(values.T)
+        middle = intervals.iqm(values, 0)
         if len(seeds) >= LEAST_SEEDS:
-            band = np.array([interval(iqm, column) for column in values.T]).T
+            band = np.array([intervals.bootstrap(intervals.iqm, each) for each in values.T]).T
     elif len(seeds) > 1:
         half = values.std(0, ddof=1)
         band = middle - half, middle + half
     if band is not None:
         axes.fill_between(steps, *band, color=look["color"], alpha=0.15, lw=0)
     return axes.plot(steps, middle, **look)[0]
-
-
-def seeds_of(numbers: Iterable[int]) -> str:
-    """{1, 2, 3, 5} -> "1 to 3, 5"."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(f"{a} to {b}" if b > a else f"{a}" for a, b in spans)
 
 
 def draw(

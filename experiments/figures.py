@@ -14,7 +14,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 import curves
+import intervals
 import jobs
 from support.drawing import BLACK, BLUE, GREEN, LIGHT_BLUE, LIGHT_GREEN, ORANGE
 
@@ -56,6 +59,7 @@ FIGURES = {
 # What the paper holds against each other in Fig. 3, at equal memory.
 PAIRS = [("m=2", "float64, 250k rows"), ("m=2, 400k rows", "float64, 100k rows")]
 TASKS = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]  # the paper's order
+Cells = dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]
 VARIED = curves.NO_DIFFERENCE | {"quant_m", "storage", "pack", "drop_constant", "buffer_size"}
 
 
@@ -133,22 +137,53 @@ def place(name: str) -> tuple:
 
 
 def table(figure: str, out: Path) -> str:
-    """Training return in the last tenth of the steps, and its difference to the reference."""
+    """Returns in the last tenth of the steps, their differences, and what all tasks say together.
+
+    docs/learning.md explains the columns.
+    """
     known = list(FIGURES[figure])
     pairs = PAIRS if figure == "fig3" else [(each, known[0]) for each in known[1:]]
-    lines = [["task", "method", "seeds", "steps", "return"]]
-    against = [["task", "method", "minus that of", "difference", "95% interval"]]
+    lines, cells = [["task", "method", "seeds", "steps", "return"]], {}
     found = curves.read_returns(out, panel, known)
     for name in sorted(found, key=place):
         steps, returns = found[name]
         for each in filter(returns.get, known):
             numbers, values = curves.seeds_of(returns[each]), [*returns[each].values()]
-            lines.append([name, each, numbers, f"{steps:,}", curves.spread(values)])
+            lines.append([name, each, numbers, f"{steps:,}", intervals.spread(values)])
         for each, other in pairs:
             if returns[each] and returns[other]:
-                values = ([*returns[method].values()] for method in (each, other))
-                against.append([name, each, other, *curves.difference(*values)])
-    return "\n\n".join(curves.markdown(part) for part in (lines, against) if len(part) > 1)
+                samples = (np.array([*returns[method].values()]) for method in (each, other))
+                cells[name, each, other] = tuple(samples)
+    parts = [lines, differences(cells), over_tasks(cells)]
+    return "\n\n".join(curves.markdown(part) for part in parts if len(part) > 1)
+
+
+def differences(cells: Cells) -> list[list[str]]:
+    """A line for each of {(panel, method, reference): (returns, those of the reference)}."""
+    lines = [["task", "method", "minus that of", "difference", "95% interval"]]
+    lines[0] += ["bootstrap", "in s.d.", "P(higher)"]
+    for key, (a, b) in cells.items():
+        around = intervals.bootstrap(intervals.mean_difference, a, b)
+        apart, higher = intervals.deviations(a, b), intervals.probability_higher(a, b)
+        line = [*key, *intervals.difference(a, b), intervals.as_text(around)]
+        lines.append([*line, "-" if apart is None else f"{apart:.1f}", f"{higher:.2f}"])
+    return lines
+
+
+def over_tasks(cells: Cells) -> list[list[str]]:
+    """The same cells together, of each algorithm, where all have seeds enough for an interval."""
+    lines = [["tasks", "method", "minus that of", "IQM", "95% interval", "P(higher)"]]
+    lines[0].append("95% interval")
+    of_tasks = defaultdict(list)
+    for (name, each, other), cell in cells.items():
+        of_tasks[name.split(", ")[0], each, other].append(cell)
+    for (algo, each, other), these in of_tasks.items():
+        (iqm, around), (higher, about) = intervals.over_cells(these)
+        if len(these) > 1 and around:
+            line = [f"{algo}, {len(these)}", each, other, f"{iqm:+.1%}"]
+            line += [intervals.as_text(around, "+.1%"), f"{higher:.2f}"]
+            lines.append([*line, intervals.as_text(about, ".2f")])
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,10 +1,7 @@
-"""experiments/curves.py on made-up runs with known returns, and its statistics against loops."""
+"""experiments/curves.py on made-up runs with known returns."""
 
 import csv
-import itertools
 import json
-import math
-import re
 import statistics
 from pathlib import Path
 
@@ -14,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import VERSIONS, episodes, log, run, sb3, unfinished
 from matplotlib.figure import Figure
-from scipy import stats
 
 import curves
+import intervals
 from support import drawing
 
 LOOK = {"color": "black"}
@@ -173,58 +170,7 @@ def test_bad_csvs(tmp_path):
             curves.read_runs(tmp_path)
 
 
-# ---- statistics ----
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
-def test_the_interquartile_mean_leaves_a_quarter_out_at_either_end(values):
-    cut = len(values) // 4
-    kept = sorted(values)[cut : len(values) - cut]
-    assert curves.iqm(np.array(values)) == pytest.approx(math.fsum(kept) / len(kept), abs=1e-6)
-
-
-def mean(x: np.ndarray) -> np.ndarray:
-    return x.mean(-1)
-
-
-def test_the_bootstrap_is_that_of_all_resamples():
-    """Of five numbers there are 3,125 resamples: their percentiles are exact."""
-    sample = [1.0, 2.0, 6.0, 6.5, 20.0]
-    means = [statistics.mean(draw) for draw in itertools.product(sample, repeat=5)]
-    low, high = np.percentile(means, [2.5, 97.5], method="inverted_cdf")
-    assert curves.interval(mean, sample) == pytest.approx((low, high), abs=0.3)
-    assert curves.interval(mean, sample[1:]) is None  # too few
-
-
-@pytest.mark.parametrize("count", [2, 3, 10])
-def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(count):
-    rng, covered = np.random.default_rng(0), 0
-    for _ in range(400):
-        a, b = rng.normal(300, 100, count), rng.normal(100, 200, count)
-        low, high = re.findall(r"[+-]\d+", curves.difference(a.tolist(), b.tolist())[1])
-        covered += int(low) <= 200 <= int(high)
-    assert 0.92 < covered / 400 <= (0.99 if count == 2 else 0.98)
-
-
-def test_the_interval_of_a_difference_is_that_of_welchs_test():
-    a, b = [1.0, 5.0, 9.0], [100.0, 103.0, 120.0, 90.0]
-    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert curves.difference(a, b)[1] == f"{low:+.0f} to {high:+.0f}"
-
-
-def test_differences_as_text():
-    assert curves.difference([10.0, 14.0], [1.0, 1.0]) == ("+11", "-14 to +36")  # 11 ± 12.71 * 2
-    assert curves.difference([10.0], [1.0, 2.0]) == ("+8", "-")  # 8.5, to even
-    assert curves.difference([], [1.0]) == ("-", "-")
-    assert curves.difference([3.0, 3.0], [1.0, 1.0]) == ("+2", "-")  # no spread, no interval
-
-
-def test_robust_differences_are_those_of_interquartile_means():
-    few = curves.difference([0.0, 1.0, 1.0, 900.0], [0.0, 0.0], robust=True)
-    assert few == ("+1", "-")
-    shown, found = curves.difference([5.0, 5, 5, 5, 5, 5, 5, 900], [1.0] * 8, robust=True)
-    assert shown == "+4" and found.startswith("+4 to ")
-    assert int(found.split("+")[2]) < 400  # a mean's would reach 350 and more
+# ---- text ----
 
 
 def test_seeds_as_text():
@@ -258,7 +204,7 @@ def test_robust_lines_are_interquartile_means_and_bands_their_intervals():
     line, (band,) = drawn([{5: value} for value in values], robust=True)
     assert [*line.get_ydata()] == [2.0]
     heights = band.get_paths()[0].vertices[:, 1]
-    low, high = curves.interval(curves.iqm, values)
+    low, high = intervals.bootstrap(intervals.iqm, values)
     assert (heights.min(), heights.max()) == pytest.approx((low, high))
     assert not drawn([{5: value} for value in values[1:]], robust=True)[1]  # too few
 

@@ -73,7 +73,8 @@ def test_fig4_shows_both_algorithms_on_the_four_tasks(tmp_path, monkeypatch, cap
     found = cells(out)
     tasks = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]
     panels = [f"{algo}, {task}" for algo in ("PPO", "SAC") for task in tasks]
-    split = found.index(["task", "method", "minus that of", "difference", "95% interval"])
+    head = ["task", "method", "minus that of", "difference", "95% interval"]
+    split = found.index([*head, "bootstrap", "in s.d.", "P(higher)"])
     assert list(dict.fromkeys(row[0] for row in found[1:split])) == panels
     assert ["PPO, Ant-v3", "SB3", "1"] in [row[:3] for row in found]
     mean = np.mean([s / 64 for s in range(700, 20_001, 700) if s > 18_000]) + 13 / 3
