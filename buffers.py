@@ -255,6 +255,8 @@ class ReplayBuffer:
         clamped: what was clamped, a `ClampCount`.
     """
 
+    BESIDE_OBS = ("actions", "rewards", "terminated", "is_start")
+
     def __init__(
         self,
         codec: Codec,
@@ -280,6 +282,7 @@ class ReplayBuffer:
         self.is_start = zeros((rows,), torch.bool, host)
         self.head = [env * self.ring for env in range(num_envs)]  # row of each env's head
         self.fill = [1] * num_envs  # rows in use of each ring, its head included
+        self.open = np.zeros(num_envs, bool)  # whether the head holds an observation to act on
 
     @property
     def nbytes(self) -> int:
@@ -296,7 +299,7 @@ class ReplayBuffer:
 
         Not with drop_constant, whose arrays grow with the data.
         """
-        for array in (self.obs.array, self.actions, self.rewards, self.terminated, self.is_start):
+        for array in (self.obs.array, *(getattr(self, name) for name in self.BESIDE_OBS)):
             flat = array.view(-1).view(torch.uint8)
             flat[:: resource.getpagesize()] |= 0
             flat[-1:] |= 0  # arrays do not begin with a page: the last one may hold a short tail
@@ -321,6 +324,7 @@ class ReplayBuffer:
             if self.is_start[self._beside_head(env, -1)]:
                 self._advance(env)
         self.obs.put(np.array([self.head[env] for env in envs], np.int64), codes)
+        self.open |= mask
 
     def add(
         self,
@@ -339,8 +343,11 @@ class ReplayBuffer:
             terminated, truncated: (num_envs,) bool. If both are set, terminated wins: no bootstrap.
 
         Raises:
-            ValueError: nan or inf in next_obs; nothing is stored then.
+            ValueError: nan or inf in next_obs, or an env in which `start` began no episode; nothing
+                is stored then.
         """
+        if not self.open.all():
+            raise ValueError(f"start() must come before add() in envs {columns_of(~self.open)}")
         self.clamped.count(next_obs)
         rows = np.array(self.head)
         put(self.actions, rows, action)
@@ -350,9 +357,9 @@ class ReplayBuffer:
         self.size += len(rows)
         next_rows = np.array([self._advance(env) for env in range(len(rows))])
         self.obs.put(next_rows, self.codec.encode(next_obs))
-        for env, done in enumerate(terminated | truncated):
-            if done:
-                self._advance(env)  # beyond the final observation
+        self.open = ~(terminated | truncated)
+        for env in np.flatnonzero(~self.open).tolist():
+            self._advance(env)  # beyond the final observation
 
     def _beside_head(self, env: int, by: int) -> int:
         """The row that lies `by` rows after the head of an env, going round in its ring."""
@@ -382,13 +389,8 @@ class ReplayBuffer:
         next_rows[next_rows % self.ring == 0] -= self.ring  # going round in the env's ring
         both = np.concatenate([rows, next_rows])  # one gather for s and s'
         obs, next_obs = self.obs.get(both).chunk(2)
-        return ReplayBatch(
-            obs,
-            take(self.actions, rows),
-            take(self.rewards, rows),
-            next_obs,
-            take(self.terminated, rows),
-        )
+        action, reward = take(self.actions, rows), take(self.rewards, rows)
+        return ReplayBatch(obs, action, reward, next_obs, take(self.terminated, rows))
 
     def _draw(self, n: int) -> np.ndarray:
         """n rows with `is_start`, uniform and independent. Rings may be filled unequally."""
@@ -407,14 +409,11 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         """For a checkpoint: the rows in use, not copied, and the bookkeeping."""
-        return {
+        return {name: stored(getattr(self, name), self.fill) for name in self.BESIDE_OBS} | {
             "obs": self.obs.state_dict(self.fill),
-            "actions": stored(self.actions, self.fill),
-            "rewards": stored(self.rewards, self.fill),
-            "terminated": stored(self.terminated, self.fill),
-            "is_start": stored(self.is_start, self.fill),
             "head": list(self.head),
             "fill": list(self.fill),
+            "open": self.open.tolist(),
             "clamped": self.clamped.state_dict(),
             "rng": self._rng.bit_generator.state,
         }
@@ -426,11 +425,10 @@ class ReplayBuffer:
             ValueError: rows that this buffer does not have.
         """
         self.head, self.fill = list(saved["head"]), list(saved["fill"])
+        self.open = np.array(saved["open"], bool)
         self.obs.load_state_dict(saved["obs"], self.fill)
-        restore(self.actions, self.fill, saved["actions"])
-        restore(self.rewards, self.fill, saved["rewards"])
-        restore(self.terminated, self.fill, saved["terminated"])
-        restore(self.is_start, self.fill, saved["is_start"])
+        for name in self.BESIDE_OBS:
+            restore(getattr(self, name), self.fill, saved[name])
         self.size = int(self.is_start.count_nonzero())
         self.clamped.load_state_dict(saved["clamped"])
         self._rng.bit_generator.state = saved["rng"]

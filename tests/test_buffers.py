@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections import Counter, deque
 from typing import NamedTuple
 
@@ -495,6 +496,34 @@ def test_nonfinite_is_refused_and_nothing_is_stored(where, value, steps, drop):
     assert snapshot(pair.buffer) == before
     pair.step([TERMINATED, GOES_ON])  # and it still works
     pair.check()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9])
+def test_a_transition_without_an_observation_to_begin_with_is_refused(steps):
+    """It would learn from whatever lies in the head's row: zeros, or what is long overwritten."""
+    buffer = Pair(6, num_envs=3).new_buffer(0)
+    one, no = (np.full(3, value) for value in (True, False))
+    obs, act = np.ones((3, OBS_DIM)), np.ones((3, ACT_DIM))
+    if steps:
+        buffer.start(obs, one)
+        for _ in range(steps):
+            buffer.add(act, np.ones(3), obs, no, no)
+        buffer.add(act, np.ones(3), obs, np.array([0, 1, 0], bool), np.array([0, 0, 1], bool))
+    else:
+        buffer.start(obs, np.array([True, False, False]))
+    before = snapshot(buffer)
+    with pytest.raises(
+        ValueError, match=re.escape("start() must come before add() in envs [1, 2]")
+    ):
+        buffer.add(act, np.ones(3), obs, no, no)
+    assert snapshot(buffer) == before
+    restored = Pair(6, num_envs=3).new_buffer(0)
+    restored.load_state_dict(buffer.state_dict())
+    for each in (buffer, restored):
+        with pytest.raises(ValueError, match="start"):
+            each.add(act, np.ones(3), obs, no, no)
+        each.start(obs, np.array([False, True, True]))
+        each.add(act, np.ones(3), obs, no, no)
 
 
 def test_start_reads_only_the_masked_envs():
