@@ -205,7 +205,7 @@ attempt() {
 
 # reproduce: all of experiments/results.
 reproduce() {
-    local results=experiments/results python=.venv/bin/python failed=0 figure
+    local results=experiments/results python=.venv/bin/python failed=0 figure seed=${SEEDS:-1}
     refuse_variables
     setup .venv requirements.txt
     attempt env OUT=$results ./run.sh fig2
@@ -213,8 +213,8 @@ reproduce() {
         attempt env OUT="$results/$figure" ./run.sh "$figure"
     done
     export OMP_NUM_THREADS=1
-    attempt $python experiments/ablation.py states ${STEPS:+--steps "$STEPS"} ${TASKS:+--env $TASKS}
-    attempt $python experiments/ablation.py errors --out $results/ablation
+    attempt $python experiments/ablation.py errors --out $results/ablation \
+        runs/paper/*__sac__seed-"${seed%% *}" runs/paper/*__sac__quant-m-[01]__seed-"${seed%% *}"
     attempt $python experiments/ablation.py speed --env Humanoid-v3 --rounds "${ROUNDS:-3}" \
         --steps 1000 --out $results/ablation
     attempt $python experiments/budget.py --out $results/budget.csv

@@ -1,13 +1,11 @@
 """Storages side by side: bytes, rounding error, collisions and ms/step.
 
-    python experiments/ablation.py states    # trains one float64 SAC on each of the paper's tasks
-    python experiments/ablation.py errors    # of the states in runs/states
+    python experiments/ablation.py errors runs/paper/Ant-v3__sac__*    # of what these runs stored
     python experiments/ablation.py speed     # wants an idle machine
-    python experiments/ablation.py table     # Markdown, from the committed CSV files alone
+    python experiments/ablation.py table     # Markdown, from the CSV files alone
 
-Two states collide if they share s_q, which is all that the networks learn from. To collisions the
-paper ascribes that SAC fails at m = 1: tuples (s_q, a) that repeat with another reward. Returns are
-what `./run.sh ablate-m` and `./run.sh ablate-storage` are for.
+To collisions the paper ascribes that SAC fails at m = 1: two tuples (s_q, a) that repeat with
+another reward (Sec. V-A). Returns are what `./run.sh ablate-m` and `ablate-storage` are for.
 """
 
 import argparse
@@ -15,30 +13,28 @@ import csv
 import json
 import sys
 import tempfile
-import zipfile
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sac
-from buffers import ReplayBuffer
+from buffers import CPU, ReplayBuffer
 from curves import Parser, optional, read_csv
-from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed
-from speed import PPO_ROLLOUT, child, ratio
-from support import envs
-from support.networks import Actor
+from figures import method
+from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed, make_codec
+from speed import child, ratio
+from support import checkpoints, envs
 
-STATES, OUT = Path("runs/states"), Path("runs/ablation")
+OUT = Path("runs/ablation")
 # codec, flags of sac.py
 STORAGES = {name: (Float(dtype), ["--storage", name]) for name, dtype in STORAGE_DTYPES.items()}
 STORAGES |= {f"m={m}": (FixedPoint(m), ["--quant-m", str(m)]) for m in range(4)}
 STORAGES |= {f"m={m} packed": (Packed(m), ["--quant-m", str(m), "--pack"]) for m in range(4)}
-ARRAYS = ["obs", "action", "reward", "next_obs", "terminated", "first", "visited"]
 SHOWN = {  # column of errors.csv: its head and format in the table
     "bits": ("bits", ".0f"),
     "bytes": ("bytes", ".0f"),
@@ -48,98 +44,55 @@ SHOWN = {  # column of errors.csv: its head and format in the table
     "relative_worst": ("worst column", ".1e"),
     "clamped": ("clamped", ".2%"),
     "colliding": ("colliding", ".3%"),
-    "colliding_first": ("of them first", ".0%"),
-    "colliding_rollout": ("within 2,048", ".3%"),
-    "colliding_action": ("with action", ".3%"),
-    "spread_obs": ("spread of s", ".3f"),
-    "spread_reward": ("of r", ".3f"),
-    "spread_next": ("of s'", ".3f"),
+    "conflicting": ("conflicting", ".3%"),
 }
-ERRORS = ["task", "storage", "max_abs", "states", "distinct", *SHOWN]
+ERRORS = ["task", "method", "seed", "storage", "max_abs", "states", "distinct", *SHOWN]
 SPEED = ["round", "task", "storage", "ms_per_step", "threads", "torch", "machine"]
 LEGEND = """
 bytes: of a stored observation. ms/step: of SAC, median of the rounds (median of their ratios to
-float64). Errors: on the observations that a trained float64 SAC acts on, after decoding to float32,
-clamping included: RMS and worst over all values; error / std: a column's RMS error over its
-standard deviation, in the median column and the worst one; clamped: share of the values.
-Collisions: of the states that this SAC stored in training. colliding: share whose s_q occurs more
-than once; of them first: first in an episode; within 2,048: share whose s_q occurs more than once
-in the same 2,048 transitions, as many as PPO's rollout holds; with action: together with the same
-action. Spread: standard deviation within equal s_q over that of all stored transitions, so what
-equal s_q hide on the scale of the whole data, 0 if nothing; of the raw s, reward r and raw next
-s'."""
+float64). Errors: of the last tenth of the states that a float64 run stored, after decoding to
+float32, clamping included: RMS and worst over all values; error / std: a column's RMS error over
+its standard deviation, in the median column and the worst one; clamped: share of the values. A run
+that stored rounded states has none of these. colliding: share of all stored states whose s_q, all
+that the networks learn from, occurs more than once; conflicting: together with the same action and
+another reward, the paper's collision."""
 
 
-# --- States --------------------------------------------------------------------------------------
+# --- What runs have stored -----------------------------------------------------------------------
 
 
-def stored(buffer: ReplayBuffer) -> dict[str, np.ndarray]:
-    """Transitions of one env's float64 ring that has not come round, oldest first.
+def stored(run: Path) -> tuple[dict, Codec, dict[str, np.ndarray]]:
+    """All transitions of a run of SAC, from its last checkpoint, oldest first.
 
     Returns:
-        obs, next_obs (N, n) float64, action (N, k), reward (N,) float32, terminated (N,) bool, and
-        first (N,) bool: obs is the first of its episode.
+        Its settings, the codec that it stored with, and obs (N, n) as stored, decoded unless it is
+        float64, action (N, k) and reward (N,) float32.
+
+    Raises:
+        ValueError, OSError: one line; there is no checkpoint, or one that does not hold all.
     """
+    saved = checkpoints.load(run / "checkpoint.pt")
+    if saved["script"] != "sac.py":
+        raise ValueError(f"{run} is of {saved['script']}, which keeps no transitions")
+    args = sac.Args(**saved["args"])
+    codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
+    env = envs.make(args.env)
+    sizes = env.observation_space.shape[0], env.action_space.shape[0], CPU
+    env.close()
+    buffer = ReplayBuffer(
+        codec, args.buffer_size, args.num_envs, *sizes, args.seed, args.drop_constant
+    )
+    buffer.load_state_dict(saved["parts"]["buffer"])
+    if args.num_envs > 1 or buffer.fill == [buffer.ring]:
+        raise ValueError(f"{run} has overwritten what it stored first, or has several envs")
     rows = np.flatnonzero(buffer.is_start.numpy())
-    obs = buffer.obs.array.numpy()
-    return {
-        "obs": obs[rows],
+    is_float64 = codec.name == "float64" and not args.drop_constant
+    arrays = {
+        "obs": buffer.obs.array.numpy()[rows] if is_float64 else buffer.obs.get(rows).numpy(),
         "action": buffer.actions.numpy()[rows],
         "reward": buffer.rewards.numpy()[rows],
-        "next_obs": obs[rows + 1],
-        "terminated": buffer.terminated.numpy()[rows],
-        "first": np.diff(rows, prepend=-2) > 1,  # between episodes lies a final row
     }
-
-
-@torch.inference_mode()
-def visit(actor: Actor, env_id: str, count: int, seed: int) -> np.ndarray:
-    """(count, n) float64: what the policy sees while it acts, stochastically as in training."""
-    env = envs.make(env_id)
-    low, high = env.action_space.low, env.action_space.high
-    torch.manual_seed(seed)
-    obs, _ = env.reset(seed=seed)
-    visited = np.empty((count, len(obs)), np.float64)
-    for row in visited:
-        row[:] = obs
-        mean, log_std = actor(torch.from_numpy(obs)[None].to(torch.float32))
-        action = torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
-        action = low + (action[0].numpy() + 1) / 2 * (high - low)
-        obs, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            obs, _ = env.reset()
-    env.close()
-    return visited
-
-
-def states(args: argparse.Namespace) -> None:
-    """Train SAC in float64 on each task; write OUT/TASK.npz and, beside it, the run's folder."""
-    for env_id in args.env:
-        envs.make(env_id).close()  # refuse a bad name now, not after the trainings before it
-    for env_id in args.env:
-        settings = sac.Args(
-            env=env_id,
-            seed=args.seed,
-            total_timesteps=args.steps,
-            # An episode of T steps takes T + 1 rows: nothing is overwritten.
-            buffer_size=max(sac.Args.buffer_size, 2 * args.steps),
-            eval_episodes=0,
-            run_dir=str(args.out),
-        )
-        trained = sac.main(settings)
-        arrays = stored(trained["buffer"])
-        arrays["visited"] = visit(trained["actor"], env_id, args.visits, args.seed + 20_000)
-        np.savez(path := args.out / f"{env_id.replace('/', '-')}.npz", **arrays)
-        print(f"wrote {path}: {len(arrays['obs']):,} transitions")
-
-
-def load(path: Path) -> dict[str, np.ndarray]:
-    """What `states` wrote. Raises ValueError for any other file."""
-    try:
-        with np.load(path) as arrays:
-            return {name: arrays[name] for name in ARRAYS}
-    except (KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not what `states` wrote: {error}") from None
+    return {"lib": "ours", "algo": "sac"} | asdict(args), codec, arrays
 
 
 # --- Rounding errors and collisions --------------------------------------------------------------
@@ -181,42 +134,17 @@ def group(*parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return groups, sizes
 
 
-def spread(values: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> float:
-    """How much values (N, k) differ within groups, relative to how much all of them differ.
-
-    The pooled variance within groups over the variance of all rows, averaged over the columns that
-    vary; of that the root. Groups of one row have no say in it; nan if there are no others.
-    """
-    values = values[:, np.ptp(values, axis=0) > 0].astype(np.float64)
-    freedom = len(groups) - len(sizes)
-    if not freedom or not values.size:
-        return np.nan
-    in_order = values[np.argsort(groups, kind="stable")]
-    means = np.add.reduceat(in_order, np.cumsum(sizes) - sizes) / sizes[:, None]
-    within = ((values - means[groups]) ** 2).sum(axis=0) / freedom
-    return np.sqrt((within / values.var(axis=0, ddof=1)).mean())
-
-
 def collisions(codec: Codec, arrays: dict[str, np.ndarray]) -> dict[str, float]:
     """Columns of errors.csv on equal s_q among the states of all stored transitions. See LEGEND."""
     s_q = restore(codec, arrays["obs"])
-    rollout = np.arange(len(s_q), dtype=np.float32)[:, None] // PPO_ROLLOUT
-
-    def repeated(groups: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        return sizes[groups] > 1
-
-    found = group(s_q)
-    colliding = repeated(*found)
+    states, sizes = group(s_q)
+    pairs, alike = group(s_q, arrays["action"])
+    with_reward, same = group(pairs[:, None], arrays["reward"][:, None])
     return {
         "states": len(s_q),
-        "distinct": len(found[1]),
-        "colliding": colliding.mean(),
-        "colliding_first": arrays["first"][colliding].mean() if colliding.any() else np.nan,
-        "colliding_rollout": repeated(*group(rollout, s_q)).mean(),
-        "colliding_action": repeated(*group(s_q, arrays["action"])).mean(),
-        "spread_obs": spread(arrays["obs"], *found),
-        "spread_reward": spread(arrays["reward"][:, None], *found),
-        "spread_next": spread(arrays["next_obs"], *found),
+        "distinct": len(sizes),
+        "colliding": (sizes[states] > 1).mean(),
+        "conflicting": (alike[pairs] > same[with_reward]).mean(),
     }
 
 
@@ -227,23 +155,24 @@ def write(path: Path, columns: list[str], rows: list[dict]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in rows:
-            cells = [row[column] for column in columns]
+            cells = [row.get(column) for column in columns]
             shown = [f"{c:.6g}" if isinstance(c, float) else c for c in cells]
             writer.writerow("" if c == "nan" else c for c in shown)
 
 
 def errors(args: argparse.Namespace) -> None:
-    """Write OUT/errors.csv: one row per task and storage."""
-    paths, rows = sorted(args.states.glob("*.npz")), []
-    if not paths:
-        raise ValueError(f"no .npz file in {args.states}; `states` makes them")
-    for path in paths:
-        arrays = load(path)
-        for name, (codec, _) in STORAGES.items():
-            row = {"task": path.stem, "storage": name}
-            row |= rounding(codec, arrays["visited"]) | collisions(codec, arrays)
-            rows.append(row)
-            print(f"{path.stem}, {name}: RMS {row['rms']:.2g}, colliding {row['colliding']:.2%}")
+    """Write OUT/errors.csv: of float64 runs one row per storage, of others one."""
+    rows = []
+    for run in args.runs:
+        settings, codec, arrays = stored(run)
+        found = {"task": settings["env"], "method": method(settings), "seed": settings["seed"]}
+        float64, last_tenth = found["method"] == "float64", -(len(arrays["obs"]) // 10)
+        codecs = STORAGES if float64 else {found["method"]: (codec, [])}
+        for name, (each, _) in codecs.items():
+            rows.append(found | {"storage": name} | collisions(each, arrays))
+            if float64:
+                rows[-1] |= rounding(each, arrays["obs"][last_tenth:])
+            print(f"{run}, {name}: colliding {rows[-1]['colliding']:.2%}")
     write(args.out / "errors.csv", ERRORS, rows)
 
 
@@ -293,10 +222,11 @@ def markdown(corner: str, lines: dict[str, dict[str, str]]) -> None:
 
 
 def measured(rows: list[dict[str, str]], timings: list[dict[str, str]]) -> dict:
-    """{task: {storage: {head: cell}}} of errors.csv and speed.csv."""
+    """{what the table is of: {storage: {head: cell}}} of errors.csv and speed.csv."""
     tables = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        tables[row["task"]][row["storage"]] = {
+        line = row["storage"] if row["method"] == "float64" else f"trained with {row['method']}"
+        tables[f"{row['task']}, seed {row['seed']}"][line] = {
             head: row[column] and f"{float(row[column]):{form}}"
             for column, (head, form) in SHOWN.items()
         }
@@ -333,24 +263,20 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one of the four commands. SystemExit with code 2 and one line for bad input."""
+    """Run one of the three commands. SystemExit with code 2 and one line for bad input."""
     parser = Parser(prog="ablation.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for run, out, numbers in (
-        (states, STATES, {"steps": 100_000, "visits": 20_000, "seed": 1}),
-        (speed, OUT, {"rounds": 4, "steps": 1500, "cores": 1}),
-        (errors, OUT, {}),
-        (table, None, {}),
-    ):
+    for run in (errors, speed, table):
         command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run)
-        for name, default in numbers.items():
-            command.add_argument(f"--{name}", type=positive, default=default)
-        if numbers:
-            command.add_argument("--env", nargs="+", default=[*envs.V3_TASKS], metavar="ENV")
-        if out:
-            command.add_argument("--out", type=Path, default=out)
-    commands.choices["errors"].add_argument("--states", type=Path, default=STATES)
+        if run is not table:
+            command.add_argument("--out", type=Path, default=OUT)
+    commands.choices["errors"].add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    for name, default in (("rounds", 4), ("steps", 1500), ("cores", 1)):
+        commands.choices["speed"].add_argument(f"--{name}", type=positive, default=default)
+    commands.choices["speed"].add_argument(
+        "--env", nargs="+", default=[*envs.V3_TASKS], metavar="ENV"
+    )
     commands.choices["table"].add_argument("--results", type=Path, default=OUT)
     args = parser.parse_args(argv)
     try:

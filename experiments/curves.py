@@ -42,6 +42,8 @@ CAPTIONS = {  # by whether they are robust
     True: f"Interquartile mean and, from {LEAST_SEEDS} seeds on, its 95% bootstrap interval",
 }
 Curves = dict[str, dict[str, dict[int, dict[int, float]]]]  # panel, method, seed, step: return
+Seed = tuple[int, list[tuple[int, float, int]]]  # steps, [(right edge, mean return, episodes)]
+Bins = dict[str, dict[str, dict[int, Seed]]]  # panel, method, seed
 
 
 class Parser(argparse.ArgumentParser):
@@ -230,45 +232,42 @@ def read_runs(results: Path) -> list[dict[str, str]]:
     return read_csv(results / "runs.csv", RUNS, numbers)
 
 
-def read_curves(results: Path, panel: Callable[[dict], str]) -> Curves:
-    """curves.csv of a folder, without bins in which training ended. panel: row -> its name."""
-    ends = {tuple(run[name] for name in KEY): int(run["steps"]) for run in read_runs(results)}
-    curves = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    numbers = {"seed": int, "step": int, "episodic_return": float}
-    for row in read_csv(results / "curves.csv", CURVES, numbers):
-        step = int(row["step"])
-        if step <= ends.get(tuple(row[name] for name in KEY), 0):
-            line = curves[panel(row)][row["method"]][int(row["seed"])]
-            line[step] = float(row["episodic_return"])
-    return curves
-
-
-def read_returns(results: Path, panel: Callable[[dict], str], methods: Iterable[str]) -> dict:
-    """Returns of a folder's runs in the last tenth of the steps that all of a panel have reached.
-
-    Args:
-        panel: row -> the name of its panel.
-        methods: which runs count.
+def read_bins(results: Path, panel: Callable[[dict], str]) -> Bins:
+    """What runs.csv and curves.csv of a folder hold. panel: row -> its name. Raises as `read_csv`.
 
     Returns:
-        {panel: (steps, {method: {seed: mean return}})}. A bin counts if it ends in that tenth; a
-        seed in which no episode did is left out.
+        {panel: {method: {seed: (steps it was trained for, [(right edge, mean return, episodes)])}}}
     """
-    runs = [run for run in read_runs(results) if run["method"] in methods]
-    ends = defaultdict(lambda: sys.maxsize)
-    for run in runs:
-        ends[panel(run)] = min(ends[panel(run)], int(run["steps"]))
-    sums = defaultdict(lambda: np.zeros(2))  # of returns, of episodes
-    for row in read_csv(results / "curves.csv", CURVES, {"episodes": int}):
-        end = ends[panel(row)]
-        if 0.9 * end < int(row["step"]) <= end:
-            count = int(row["episodes"])
-            sums[tuple(row[name] for name in KEY)] += count * float(row["episodic_return"]), count
-    found = {name: (end, defaultdict(dict)) for name, end in ends.items()}
-    for run in runs:
-        total, count = sums[tuple(run[name] for name in KEY)]
-        if count:
-            found[panel(run)][1][run["method"]][int(run["seed"])] = total / count
+    found = defaultdict(lambda: defaultdict(dict))
+    for run in read_runs(results):
+        found[panel(run)][run["method"]][int(run["seed"])] = int(run["steps"]), []
+    numbers = {"seed": int, "step": int, "episodic_return": float, "episodes": int}
+    for row in read_csv(results / "curves.csv", CURVES, numbers):
+        _, bins = found[panel(row)][row["method"]].get(int(row["seed"]), (0, []))
+        bins.append((int(row["step"]), float(row["episodic_return"]), int(row["episodes"])))
+    return found
+
+
+def curves_of(seeds: dict[int, Seed]) -> dict[int, dict[int, float]]:
+    """{seed: {right edge: mean return}}, without the bin in which training ended."""
+    found = {}
+    for seed, (end, bins) in seeds.items():
+        if curve := {edge: mean for edge, mean, _ in bins if edge <= end}:
+            found[seed] = curve
+    return found
+
+
+def late_returns(seeds: dict[int, Seed], end: int) -> dict[int, float]:
+    """{seed: mean return of the episodes in the last tenth of the steps up to `end`}.
+
+    A bin counts if it ends in that tenth; a seed in which no episode did is left out.
+    """
+    found = {}
+    for seed, (_, bins) in seeds.items():
+        late = [(mean, count) for edge, mean, count in bins if 0.9 * end < edge <= end]
+        if late:
+            means, counts = zip(*late, strict=True)
+            found[seed] = float(np.average(means, weights=counts))
     return found
 
 

@@ -136,24 +136,28 @@ def place(name: str) -> tuple:
     return algo, TASKS.index(env) if env in TASKS else len(TASKS), env
 
 
-def table(figure: str, out: Path) -> str:
+def table(figure: str, found: curves.Bins) -> str:
     """Returns in the last tenth of the steps, their differences, and what all tasks say together.
 
-    docs/learning.md explains the columns.
+    Of a method that is of the steps that all its seeds have reached, of a difference of those that
+    both methods have. docs/learning.md explains the columns.
     """
     known = list(FIGURES[figure])
     pairs = PAIRS if figure == "fig3" else [(each, known[0]) for each in known[1:]]
     lines, cells = [["task", "method", "seeds", "steps", "return"]], {}
-    found = curves.read_returns(out, panel, known)
     for name in sorted(found, key=place):
-        steps, returns = found[name]
-        for each in filter(returns.get, known):
-            numbers, values = curves.seeds_of(returns[each]), [*returns[each].values()]
-            lines.append([name, each, numbers, f"{steps:,}", intervals.spread(values)])
+        seeds = {each: found[name][each] for each in known if found[name].get(each)}
+        ends = {each: min(end for end, _ in runs.values()) for each, runs in seeds.items()}
+        for each, end in ends.items():
+            if returns := curves.late_returns(seeds[each], end):
+                numbers, values = curves.seeds_of(returns), [*returns.values()]
+                lines.append([name, each, numbers, f"{end:,}", intervals.spread(values)])
         for each, other in pairs:
-            if returns[each] and returns[other]:
-                samples = (np.array([*returns[method].values()]) for method in (each, other))
-                cells[name, each, other] = tuple(samples)
+            if each in seeds and other in seeds:
+                end = min(ends[each], ends[other])
+                both = [curves.late_returns(seeds[of], end).values() for of in (each, other)]
+                if all(both):
+                    cells[name, each, other] = tuple(np.array([*values]) for values in both)
     parts = [lines, differences(cells), over_tasks(cells)]
     return "\n\n".join(curves.markdown(part) for part in parts if len(part) > 1)
 
@@ -202,12 +206,13 @@ def main(argv: list[str] | None = None) -> None:
 def make(args: argparse.Namespace) -> None:
     if not args.draw:
         collect([line for line in map(str.strip, sys.stdin) if line], args.out)
-    found, rows = curves.read_curves(args.out, panel), defaultdict(dict)
+    found, rows = curves.read_bins(args.out, panel), defaultdict(dict)
     for name in sorted(found, key=place):  # a row for each algorithm
-        rows[name.split(",")[0]][name] = found[name]
+        lines = {each: curves.curves_of(seeds) for each, seeds in found[name].items()}
+        rows[name.split(",")[0]][name] = lines
     path = args.out / f"{args.figure}.png"
     curves.draw([*rows.values()], FIGURES[args.figure], path)
-    text = table(args.figure, args.out)
+    text = table(args.figure, found)
     path.with_suffix(".md").write_text(text + "\n")
     print(f"{text}\n\nwrote {args.figure}.png, .pdf, .md and the CSV files to {args.out}")
 

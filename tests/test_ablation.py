@@ -1,7 +1,6 @@
-"""experiments/ablation.py against loops over pairs, exact fractions, and replayed episodes."""
+"""experiments/ablation.py against loops over pairs, exact fractions, and a replayed run."""
 
 import csv
-import json
 import math
 from fractions import Fraction
 from itertools import combinations
@@ -10,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 
 import ablation
+import ppo
+import sac
 from support import envs
-from support.networks import Actor
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -39,16 +40,12 @@ def fails(capsys, *argv: object) -> str:
 
 
 def some_states(seed: int, n: int = 60) -> dict[str, np.ndarray]:
-    """Arrays as `states` writes them, in which rounding makes many states equal."""
+    """Arrays as `stored` returns them, in which rounding makes many states equal."""
     rng = np.random.default_rng(seed)
     return {
         "obs": rng.normal(scale=[0.4, 0.7, 0, 0.2], size=(n, 4)),
         "action": rng.integers(2, size=(n, 1)).astype(np.float32),
-        "reward": rng.normal(size=n).astype(np.float32),
-        "next_obs": rng.normal(scale=[1, 20, 0, 0.2], size=(n, 4)),
-        "terminated": rng.random(n) < 0.1,
-        "first": rng.random(n) < 0.3,
-        "visited": rng.normal(scale=[1, 20, 0, 9], size=(n, 4)),
+        "reward": rng.integers(2, size=n).astype(np.float32),
     }
 
 
@@ -59,18 +56,7 @@ def repeats(rows: list[tuple]) -> list[bool]:
     return [i in found for i in range(len(rows))]
 
 
-def pooled(values: list[float], keys: list) -> float:
-    """Variance within equal keys over the variance of all, with loops."""
-    squares, freedom = 0.0, 0
-    for key in set(keys):
-        inside = [v for v, k in zip(values, keys, strict=True) if k == key]
-        squares += sum((v - sum(inside) / len(inside)) ** 2 for v in inside)
-        freedom += len(inside) - 1
-    mean = sum(values) / len(values)
-    return squares / freedom / (sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-
-
-# ---- groups and spreads ----
+# ---- groups ----
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -85,36 +71,12 @@ def test_groups_match_a_comparison_of_every_pair(seed, levels):
     assert (sizes[groups] > 1).tolist() == repeats([*map(tuple, rows)])
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_spread_matches_loops(seed):
-    rng = np.random.default_rng(seed)
-    keys = rng.integers(12, size=(40, 1)).astype(np.float32)
-    values = (rng.normal(1e6, [1, 0, 100], (40, 3)) + keys * [0.1, 0, 9]).astype(np.float32)
-    varying = values.T[[0, 2]].tolist()
-    expected = [pooled(column, [*keys[:, 0]]) for column in varying]
-    assert ablation.spread(values, *ablation.group(keys)) == pytest.approx(
-        math.sqrt(sum(expected) / 2)
-    )
-
-
-def test_limits_of_the_spread():
-    rng = np.random.default_rng(0)
-    groups = np.repeat(np.arange(1000), 2)
-    sizes = np.full(1000, 2)
-    own, noise = rng.normal(size=(1000, 2)), rng.normal(size=(2000, 2))
-    assert ablation.spread(own[groups], groups, sizes) == 0
-    assert ablation.spread(noise, groups, sizes) == pytest.approx(1, abs=0.05)
-    assert ablation.spread(own[groups] + noise, groups, sizes) == pytest.approx(0.5**0.5, abs=0.05)
-    assert math.isnan(ablation.spread(noise, np.arange(2000), np.ones(2000, int)))  # none collide
-    assert math.isnan(ablation.spread(np.ones((2000, 1)), groups, sizes))  # nothing varies
-
-
 # ---- rounding ----
 
 
 @pytest.mark.parametrize("m", range(4))
 def test_rounding_errors_match_exact_fractions(m):
-    obs = some_states(m)["visited"]
+    obs = np.random.default_rng(m).normal(scale=[1, 20, 0, 9], size=(60, 4))
     obs[3, 1], obs[5, 1] = 200.25, -127.0  # one value beyond the bound, one on it
     row = ablation.rounding(codec_of(f"m={m}"), obs)
     exact = [[round(Fraction(min(max(s, -127.0), 127.0)), m) for s in line] for line in obs]
@@ -174,144 +136,92 @@ def test_what_is_restored_went_through_the_stored_row(monkeypatch):
 
 @pytest.mark.parametrize("name", ["float64", "float8_e4m3fn", "m=0", "m=1", "m=2"])
 @pytest.mark.parametrize("seed", range(3))
-def test_collisions_match_a_comparison_of_every_pair(name, seed, monkeypatch):
-    monkeypatch.setattr(ablation, "PPO_ROLLOUT", 20)
-    arrays = some_states(seed)
-    codec = codec_of(name)
+def test_collisions_match_a_comparison_of_every_pair(name, seed):
+    arrays, codec = some_states(seed), codec_of(name)
     s_q = [tuple(row) for row in codec.decode(codec.encode(arrays["obs"])).tolist()]
-    colliding = repeats(s_q)
-    windows = [(i // 20, *row) for i, row in enumerate(s_q)]
-    actions = [(*row, float(a)) for row, (a,) in zip(s_q, arrays["action"], strict=True)]
-    row = ablation.collisions(codec_of(name), arrays)
+    pairs = [(*row, float(a)) for row, (a,) in zip(s_q, arrays["action"], strict=True)]
+    tuples = list(zip(pairs, arrays["reward"].tolist(), strict=True))
+    conflicts = [any(p == q and r != other for q, other in tuples) for p, r in tuples]
+    row = ablation.collisions(codec, arrays)
     assert (row["states"], row["distinct"]) == (60, len(set(s_q)))
-    assert row["colliding"] == sum(colliding) / 60
-    assert row["colliding_rollout"] == sum(repeats(windows)) / 60
-    assert row["colliding_action"] == sum(repeats(actions)) / 60
-    assert row["colliding_action"] <= row["colliding"] >= row["colliding_rollout"]
-    if not any(colliding):
-        assert name != "m=0"
-        spreads = ("colliding_first", "spread_obs", "spread_reward", "spread_next")
-        assert all(math.isnan(row[column]) for column in spreads)
-        return
-    firsts = [first for first, hit in zip(arrays["first"], colliding, strict=True) if hit]
-    assert row["colliding_first"] == sum(firsts) / len(firsts)
-    assert row["spread_reward"] ** 2 == pytest.approx(pooled(arrays["reward"].tolist(), s_q))
-    for column, array in (("spread_obs", "obs"), ("spread_next", "next_obs")):
-        each = [pooled(arrays[array][:, i].tolist(), s_q) for i in (0, 1, 3)]
-        assert row[column] ** 2 == pytest.approx(sum(each) / 3)
+    assert row["colliding"] == sum(repeats(s_q)) / 60
+    assert row["conflicting"] == sum(conflicts) / 60
+    assert 0 < row["conflicting"] < row["colliding"] or name != "m=0"
 
 
-# ---- states ----
+# ---- what runs have stored ----
 
 
 @pytest.fixture(scope="module")
-def walker(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("states")
-    main("states", "--env", "Walker2d-v3", "--steps", 200, "--visits", 150, "--out", out)
-    return out
+def walkers(tmp_path_factory) -> dict[str, Path]:
+    """Folders of short runs, by their flags."""
+    found = {}
+    for flags in ("", "--quant-m 1", "--quant-m 1 --pack --drop-constant", "--buffer-size 256"):
+        folder = tmp_path_factory.mktemp("run")
+        args = ["--env", "Walker2d-v3", "--total-timesteps", "400", "--checkpoint-every", "400"]
+        args += ["--hidden", "8", "--eval-episodes", "0", "--run-dir", str(folder), *flags.split()]
+        sac.main(tyro.cli(sac.Args, args=args))
+        (found[flags],) = folder.iterdir()
+    return found
 
 
-def test_replaying_the_stored_actions_gives_the_stored_states(walker):
-    """So obs, action, reward, next_obs belong together, in order, across the ends of episodes."""
-    arrays = ablation.load(walker / "Walker2d-v3.npz")
-    env = envs.make_vector("Walker2d-v3", 1)
-    obs, first = env.reset(seed=1)[0], True
-    for i in range(200):
-        assert (arrays["obs"][i] == obs[0]).all() and arrays["first"][i] == first
+def test_replaying_the_stored_actions_gives_the_stored_states(walkers):
+    """So obs, action and reward belong together, in order, across the ends of episodes."""
+    settings, codec, arrays = ablation.stored(walkers[""])
+    assert (settings["env"], settings["seed"], codec.name) == ("Walker2d-v3", 1, "float64")
+    env, ends = envs.make_vector("Walker2d-v3", 1), 0
+    obs, _ = env.reset(seed=1)
+    for i in range(400):
+        assert (arrays["obs"][i] == obs[0]).all()
         action = -1 + (arrays["action"][i : i + 1] + 1) / 2 * 2  # sac.py's float32 roundings
         obs, reward, terminated, truncated, _ = env.step(action)
-        assert (arrays["next_obs"][i] == obs[0]).all()
         assert arrays["reward"][i] == np.float32(reward[0])
-        assert arrays["terminated"][i] == terminated[0]
-        first = (terminated | truncated)[0]
-        if first:
-            obs, _ = env.reset(options={"reset_mask": terminated | truncated})
-    assert arrays["first"].sum() > 3 and len(arrays["obs"]) == 200
-    assert arrays["obs"].dtype == arrays["next_obs"].dtype == np.float64
+        if (done := terminated | truncated).any():
+            obs, _ = env.reset(options={"reset_mask": done})
+            ends += 1
+    assert ends > 3 and len(arrays["obs"]) == 400 and arrays["obs"].dtype == np.float64
 
 
-def test_the_run_is_kept_beside_its_states_and_is_the_plain_float64_one(walker):
-    (path,) = walker.glob("*/result.json")
-    assert path.parent.name == "Walker2d-v3__sac__seed-1"
-    result = json.loads(path.read_text())
-    assert (result["storage"], result["global_step"]) == ("float64", 200)
-
-
-class Constant:
-    """An actor with one mean and log_std for everything, which remembers what it saw."""
-
-    def __init__(self, mean: float, log_std: float):
-        self.out, self.saw = (torch.tensor([[mean]]), torch.tensor([[log_std]])), []
-
-    def __call__(self, obs):
-        assert obs.dtype == torch.float32
-        self.saw.append(obs[0].numpy())
-        return self.out
-
-
-def test_visited_is_what_the_policy_acts_on():
-    actor = Constant(math.atanh(0.5), log_std=-20)  # in [-1, 1]; the noise is below float32's step
-    visited = ablation.visit(actor, "Pendulum-v1", 450, seed=3)
-    assert visited.dtype == np.float64 and (visited == np.array(actor.saw)).all()
-    half = torch.tensor([math.atanh(0.5)]).tanh().numpy()
-    assert half == pytest.approx(0.5)
-    env = envs.make("Pendulum-v1")
-    obs, _ = env.reset(seed=3)
-    for i, row in enumerate(visited):
-        assert (row == obs).all()
-        obs, *_ = env.step(-2 + (half + 1) / 2 * 4)  # 1, half of the torque's bound of 2
-        if i in (199, 399):
-            obs, _ = env.reset()
-
-
-def test_visiting_again_visits_the_same():
-    actor = Actor(3, 1, 8)
-    first, again = (ablation.visit(actor, "Pendulum-v1", 30, seed=3) for _ in range(2))
-    assert (first == again).all() and len(np.unique(first, axis=0)) == 30
-
-
-def test_visits_start_as_told_and_hold_whole_episodes(walker):
-    visited = ablation.load(walker / "Walker2d-v3.npz")["visited"]
-    assert visited.shape == (150, 17)
-    start, _ = envs.make("Walker2d-v3").reset(seed=20_001)
-    assert (visited[0] == start).all()
-    # Walker2d starts with every speed within 0.005 of 0: once per episode, and no episode is short.
-    starts = (np.abs(visited[:, 8:]) <= 0.005).all(axis=1)
-    assert 1 < starts.sum() < 50
+def test_what_a_rounded_run_stored_is_rounded(walkers):
+    _, codec, plain = ablation.stored(walkers["--quant-m 1"])
+    _, packed, other = ablation.stored(walkers["--quant-m 1 --pack --drop-constant"])
+    assert (codec.bits_per_value, packed.bits_per_value) == (16, 12)
+    assert all((plain[name] == other[name]).all() for name in plain)
+    obs = plain["obs"]
+    assert len(obs) == 400 and (np.round(obs * 10).astype(np.float32) / 10 == obs).all()
+    first, _ = envs.make_vector("Walker2d-v3", 1).reset(seed=1)
+    assert obs[0] == pytest.approx(first[0], abs=0.0501)
 
 
 # ---- errors ----
 
 
-def test_errors_csv(tmp_path):
-    (tmp_path / "states").mkdir()
-    for seed, task in enumerate(("B-v0", "A-v0")):
-        arrays = some_states(seed)
-        arrays["visited"][0] = 1e3  # beyond the bounds of fixed point and of float8
-        np.savez(tmp_path / "states" / f"{task}.npz", **arrays)
-    main("errors", "--states", tmp_path / "states", "--out", tmp_path)
+def test_errors_to_table(walkers, tmp_path, capsys):
+    runs = [walkers[flags] for flags in ("", "--quant-m 1", "--quant-m 1 --pack --drop-constant")]
+    main("errors", *runs, "--out", tmp_path)
     rows = read(tmp_path / "errors.csv")
     assert list(rows[0]) == ablation.ERRORS
-    expected = [(task, name) for task in ("A-v0", "B-v0") for name in ablation.STORAGES]
-    assert [(row["task"], row["storage"]) for row in rows] == expected
-    for row in rows[: len(ablation.STORAGES)]:
-        codec = codec_of(row["storage"])
-        again = ablation.rounding(codec, arrays["visited"]) | ablation.collisions(codec, arrays)
-        for column, value in again.items():
-            shown = float(row[column]) if row[column] else math.nan
-            assert shown == pytest.approx(float(value), rel=1e-5, nan_ok=True)
-    assert float(rows[0]["clamped"]) == 0
-    assert float(rows[-1]["clamped"]) == pytest.approx(4 / 240, rel=1e-5)  # of the visited alone
-
-
-def test_states_to_table(walker, tmp_path, capsys):
-    main("errors", "--states", walker, "--out", tmp_path)
+    methods = ["float64"] * len(ablation.STORAGES) + ["m=1", "m=1, packed"]
+    assert [row["method"] for row in rows] == methods
+    assert [row["storage"] for row in rows] == [*ablation.STORAGES, "m=1", "m=1, packed"]
+    for run, part in zip(runs, (rows[:-2], rows[-2:-1], rows[-1:]), strict=True):
+        _, own, arrays = ablation.stored(run)
+        for row in part:
+            float64 = run == runs[0]
+            codec = codec_of(row["storage"]) if float64 else own
+            again = ablation.collisions(codec, arrays)
+            again |= ablation.rounding(codec, arrays["obs"][-40:]) if float64 else {"rms": None}
+            for column, value in again.items():
+                shown = float(row[column]) if row[column] else None
+                assert shown == (value if value is None else pytest.approx(float(value), rel=1e-5))
     capsys.readouterr()
     main("table", "--results", tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("| Walker2d-v3 | bits | bytes | RMS error |")
+    assert lines[1].startswith("| Walker2d-v3, seed 1 | bits | bytes | RMS error |")
     (line,) = [line for line in lines if line.startswith("| m=2 packed |")]
     assert line.split(" | ")[1:3] == ["15", "32"]
+    (line,) = [line for line in lines if line.startswith("| trained with m=1 |")]
+    assert line.split(" | ")[1:4] == ["-", "-", "-"]
 
 
 # ---- speed ----
@@ -385,46 +295,42 @@ def test_speed_is_the_median_and_the_median_ratio(tmp_path, capsys):
     ]
 
 
-def test_a_row_of_errors_beside_its_speed(tmp_path, capsys):
+def test_a_row_of_errors_and_one_of_speed(tmp_path, capsys):
     values = dict.fromkeys(ablation.ERRORS, 0.0) | {"rms": 0.00291, "colliding": 0.00482}
-    values |= {"task": "A-v3", "storage": "m=2", "bits": 16, "bytes": 34, "spread_obs": math.nan}
+    values |= {"task": "A-v3", "method": "float64", "seed": 2, "storage": "m=2", "bits": 16}
+    values |= {"bytes": 34, "relative": math.nan}
     ablation.write(tmp_path / "errors.csv", ablation.ERRORS, [values])
     timed = dict.fromkeys(ablation.SPEED, 1) | {"task": "A-v3", "storage": "m=2"}
     ablation.write(tmp_path / "speed.csv", ablation.SPEED, [timed])
-    head, row = table(capsys, tmp_path)
+    head, row, *times = table(capsys, tmp_path)
     cells = dict(zip(head, row, strict=True))
-    expected = {"A-v3": "m=2", "bits": "16", "bytes": "34", "RMS error": "2.9e-03"}
-    expected |= {"colliding": "0.482%", "spread of s": "-", "ms/step": "1.00"}
+    expected = {"A-v3, seed 2": "m=2", "bits": "16", "bytes": "34", "RMS error": "2.9e-03"}
+    expected |= {"colliding": "0.482%", "error / std": "-"}
     assert cells.items() >= expected.items()
+    assert times == [["A-v3", "ms/step"], ["m=2", "1.00"]]
 
 
 # ---- bad input ----
 
 
-def test_bad_states(tmp_path, capsys):
-    assert f"no .npz file in {tmp_path}" in fails(capsys, "errors", "--states", tmp_path)
-    arrays = some_states(0)
-    del arrays["next_obs"]
-    np.savez(path := tmp_path / "A-v0.npz", **arrays)
-    assert "next_obs" in (line := fails(capsys, "errors", "--states", tmp_path))
-    assert line.startswith(f"ablation.py: error: {path} is not what `states` wrote: ")
-    whole = path.read_bytes()
-    for part in (whole[: len(whole) // 2], b"", b"not an archive"):
-        path.write_bytes(part)
-        line = fails(capsys, "errors", "--states", tmp_path, "--out", tmp_path / "out")
-        assert line.startswith("ablation.py: error: ")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_task_is_refused_before_anything_is_trained(tmp_path, capsys):
-    options = ["--steps", 20, "--visits", 20, "--out", tmp_path / "out"]
-    line = fails(capsys, "states", "--env", "Pendulum-v1", "Ant-v33", *options)
-    assert "Ant-v33" in line and "Ant-v3" in line
+def test_runs_without_all_their_transitions_are_refused(walkers, tmp_path, capsys):
+    line = fails(capsys, "errors", walkers["--buffer-size 256"], "--out", tmp_path / "out")
+    assert line.endswith("has overwritten what it stored first, or has several envs")
+    line = fails(capsys, "errors", tmp_path, "--out", tmp_path / "out")
+    assert str(tmp_path / "checkpoint.pt") in line
+    damaged = tmp_path / "checkpoint.pt"
+    damaged.write_bytes((walkers[""] / "checkpoint.pt").read_bytes()[:-1])
+    assert "damaged" in fails(capsys, "errors", tmp_path, "--out", tmp_path / "out")
+    small = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "total_timesteps": 8}
+    small |= {"checkpoint_every": 8, "eval_episodes": 0, "run_dir": str(tmp_path)}
+    ppo.main(ppo.Args(env="Pendulum-v1", run_name="ppo", **small))
+    line = fails(capsys, "errors", tmp_path / "ppo", "--out", tmp_path / "out")
+    assert line.endswith("is of ppo.py, which keeps no transitions")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "argv", [["states", "--steps", "0"], ["speed", "--rounds", "-1"], ["speed", "--cores", "x"]]
+    "argv", [["speed", "--steps", "0"], ["speed", "--rounds", "-1"], ["speed", "--cores", "x"]]
 )
 def test_numbers_below_1(argv, capsys):
     with pytest.raises(SystemExit) as exit_info:

@@ -43,7 +43,6 @@ RULES = [
     (r"experiments/play\.py", "--episodes 1"),
     (r"experiments/survey\.py", "--steps 50"),
     (r"experiments/(figures|compare)\.py", ""),
-    (r"experiments/ablation\.py states", "--steps 60 --visits 20 --env HalfCheetah-v3"),
     (r"experiments/ablation\.py speed", "--steps 60 --rounds 1 --env HalfCheetah-v3"),
     (r"experiments/ablation\.py (errors|table)", ""),
     (r"experiments/budget\.py", f"--rows 1000 --steps 60 --out {RESULTS}/budget.csv"),
@@ -185,6 +184,7 @@ def finished(tmp_path_factory) -> Iterator[Path]:
     gym.register("Clock-v0", Clock)
     words = ["sac.py", "--env", "Clock-v0", "--quant-m", "2", "--total-timesteps", "220"]
     words += ["--learning-starts", "200", "--buffer-size", "300", "--eval-episodes", "1"]
+    words += ["--checkpoint-every", "220"]
     code, _, said = run([*words, "--run-dir", str(folder), "--run-name", "run"])
     assert code == 0, said
     yield folder / "run"

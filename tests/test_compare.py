@@ -44,7 +44,7 @@ def test_runs_that_differ_in_their_seeds_are_one_group(tmp_path, capsys, out):
     assert low < 10 < high and high - low < 5
     names = {path.name for path in out.iterdir()}
     assert names == {"returns.png", "returns.pdf", "table.md", "runs.csv", "curves.csv"}
-    written = curves.read_curves(out, lambda row: row["env"])
+    written = curves.read_bins(out, lambda row: row["env"])
     assert written["Ant-v3"].keys() == {"no --quant-m", "--quant-m 1"}
 
 

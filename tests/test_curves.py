@@ -141,24 +141,23 @@ def test_what_a_run_lacks_is_an_empty_cell(tmp_path):
 
 
 def test_reading_back_leaves_out_the_bin_in_which_training_ended(tmp_path):
-    write(tmp_path / "out", run(tmp_path, ends=[(200, 1.0), (10_230, 99.0)], total=10_240))
-    found = curves.read_curves(tmp_path / "out", lambda row: row["env"])
-    assert found == {"Ant-v3": {"m=None": {1: {200: 1.0}}}}
+    ends = [(200, 1.0), (10_230, 99.0)]
+    whole, part = run(tmp_path, ends=ends, total=10_240), run(tmp_path, seed=2, ends=ends[1:])
+    unfinished(part)
+    write(tmp_path / "out", whole, part)
+    found = curves.read_bins(tmp_path / "out", lambda row: row["env"])
+    seeds = {1: (10_240, [(200, 1.0, 1), (10_400, 99.0, 1)]), 2: (10_230, [(10_400, 99.0, 1)])}
+    assert found == {"Ant-v3": {"m=None": seeds}}
+    assert curves.curves_of(seeds) == {1: {200: 1.0}}  # of seed 2 there is none
 
 
-def test_returns_are_those_of_the_last_tenth_that_all_have_reached(tmp_path):
-    folders = [
-        run(tmp_path, total=40_000),
-        run(tmp_path, m=1, seed=5),
-        run(tmp_path, m=2, total=900),
-    ]
-    write(tmp_path / "out", *folders)
-    found = curves.read_returns(tmp_path / "out", lambda row: row["env"], {"m=None", "m=1"})
-    steps, returns = found["Ant-v3"]
-    assert steps == 20_000 and returns.keys() == {"m=None", "m=1"}
-    for method, seed in (("m=None", 1), ("m=1", 5)):
-        late = [ret for s, ret in episodes(40_000, offset=seed) if 18_000 < s <= 20_000]
-        assert returns[method] == {seed: pytest.approx(statistics.mean(late), rel=1e-5)}
+@pytest.mark.parametrize("end", [20_000, 40_000])
+def test_returns_are_those_of_the_last_tenth(tmp_path, end):
+    write(tmp_path / "out", run(tmp_path, total=40_000), run(tmp_path, seed=5, total=900))
+    seeds = curves.read_bins(tmp_path / "out", lambda row: row["env"])["Ant-v3"]["m=None"]
+    late = [ret for s, ret in episodes(40_000, offset=1) if 0.9 * end < s <= end]
+    # Of seed 5 no episode ended so late.
+    assert curves.late_returns(seeds, end) == {1: pytest.approx(statistics.mean(late), rel=1e-5)}
 
 
 def test_bad_csvs(tmp_path):

@@ -140,21 +140,24 @@ def test_results_of_several_machines_add_up(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/runs.csv").read_bytes() == (tmp_path / "at-once/runs.csv").read_bytes()
 
 
-def test_runs_of_different_lengths_are_compared_as_far_as_all_have_come(
+def test_methods_of_different_lengths_are_compared_as_far_as_both_have_come(
     tmp_path, monkeypatch, capsys
 ):
     """Returns that only grow with the steps must not differ because one has more of them."""
     narrow = {"SEEDS": "1", "TASKS": "Ant-v3", "ALGOS": "sac", "STEPS": "40000"}
-    whole, part = lines_of("fig4", tmp_path / "runs", **narrow)
-    train([part])
-    unfinished(jobs.parse(part).folder)
-    ends = episodes(40_000, offset=1)
-    run(tmp_path / "runs", "sac", ends=ends, total=40_000, name=jobs.parse(whole).folder.name)
-    text, _ = make(monkeypatch, capsys, "fig4", [whole, part], tmp_path / "out")
-    base, rounded = (
-        row for row in cells(text) if row[0] == "SAC, Ant-v3" and len(row) == 5 and "," in row[3]
-    )
-    assert base[3:] == rounded[3:] and base[3] == "19,600"
+    lines = lines_of("fig4", tmp_path / "runs", **narrow)
+    for line in lines:
+        ends, name = episodes(40_000, offset=1), jobs.parse(line).folder.name
+        m = 2 if "--quant-m" in line else None
+        run(tmp_path / "runs", "sac", m=m, ends=ends, total=40_000, name=name)
+    (theirs,) = lines_of("sb3", tmp_path / "runs", **narrow)
+    train([theirs])  # for half as long
+    text, _ = make(monkeypatch, capsys, "fig4", [*lines, theirs], tmp_path / "out")
+    float64, rounded, sb3, equal, behind = (row for row in cells(text) if row[0] != "task")
+    assert float64[3:] == rounded[3:] and (float64[3], sb3[3]) == ("40,000", "20,480")
+    assert float(float64[4]) > float(sb3[4]) + 250
+    assert equal[:4] == ["SAC, Ant-v3", "m=2", "float64", "+0"]
+    assert behind[1] == "SB3" and abs(float(behind[3])) < 15
     shorter = lines_of("fig4", tmp_path / "runs", **narrow | {"STEPS": "10000"})
     make(monkeypatch, capsys, "fig4", shorter, tmp_path / "short")
     assert {row["steps"] for row in curves.read_runs(tmp_path / "short")} == {"10000"}
@@ -201,8 +204,8 @@ def test_nothing_to_draw_is_one_line(tmp_path, monkeypatch, capsys):
         assert line.startswith("figures.py: error: ") and why in line
 
 
-def test_the_committed_figures_are_drawn_from_their_csvs(tmp_path):
-    """Their tables are what the committed CSV files say."""
-    for folder in ("fig4", "ablate-m"):
-        results = ROOT / "experiments/results" / folder
-        assert (results / f"{folder}.md").read_text() == figures.table(folder, results) + "\n"
+@pytest.mark.parametrize("folder", ["fig4", "fig4-short", "ablate-m"])
+def test_the_committed_tables_are_those_of_their_csvs(folder):
+    results, figure = ROOT / "experiments/results" / folder, folder.removesuffix("-short")
+    table = figures.table(figure, curves.read_bins(results, figures.panel))
+    assert (results / f"{figure}.md").read_text() == table + "\n"

@@ -132,10 +132,10 @@ FIGURES = {  # as an answer quotes it: where it comes from
     "3984": lambda: mean(returns("ablate-m/runs.csv", "sac", "m=1")),
     "2542": lambda: mean(returns("ablate-m/runs.csv", "sac", "m=2")),
     "1798": lambda: mean(returns("ablate-m/runs.csv", "sac", "float64")),
-    "287": lambda: min(returns("fig4/runs.csv", "ppo", "m=1")),
-    "779": lambda: max(returns("fig4/runs.csv", "ppo", "m=1")),
+    "287": lambda: min(returns("fig4-short/runs.csv", "ppo", "m=1")),
+    "779": lambda: max(returns("fig4-short/runs.csv", "ppo", "m=1")),
     "127": lambda: SCRIPTS["sac"].Args.quant_b,
-    "120": lambda: max(float(row["max_abs_obs"] or 0) for row in results("fig4/runs.csv")),
+    "120": lambda: max(float(row["max_abs_obs"] or 0) for row in results("fig4-short/runs.csv")),
     "6,096": lambda: max(layouts().values()),
     "3,082": lambda: layouts()["ours: float64"],
     "3,613": largest_of_humanoid_v5,
@@ -171,8 +171,8 @@ def test_figure(figure):
 def test_overlaps_that_the_answers_claim():
     for algo, name, method in (
         ("sac", "ablate-m/runs.csv", "float16"),
-        ("ppo", "fig4/runs.csv", "m=1"),
-        ("sac", "fig4/runs.csv", "m=2"),
+        ("ppo", "fig4-short/runs.csv", "m=1"),
+        ("sac", "fig4-short/runs.csv", "m=2"),
     ):
         ours, other = returns(name, algo, method), returns(name, algo, "float64")
         assert max(min(ours), min(other)) <= min(max(ours), max(other))
