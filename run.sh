@@ -114,10 +114,10 @@ fig3() {
 
 fig4() { each "1 2 3 4 5 6 7 8 9 10" "" m=paper; }
 
-# Stable-Baselines3, which fig4 draws where it has been trained.
+# Stable-Baselines3, which fig4 draws where it has been trained; its PPO with rounding, too.
 sb3() {
     local peers="experiments/peers.py --lib sb3 --algo"
-    each "1 2 3" "" | sed -E "s|(ppo\|sac)\.py|$peers \1|; s| --checkpoint-every [0-9]+||"
+    each "1 2 3" "" m=paper | sed -E "/sac.*quant/d; s|(ppo\|sac)\.py|$peers \1|; s| --ch[^ ]* [0-9]+||"
 }
 
 ablate-m() { each "1 2" "" "--quant-m 0" "--quant-m 1" "--quant-m 2"; }

@@ -39,6 +39,7 @@ FIGURES = {
         "m=1": ("rounded (PPO: m=1, SAC: m=2)", {"color": BLUE}),
         "m=2": ("rounded (PPO: m=1, SAC: m=2)", {"color": BLUE}),
         "SB3": SB3,
+        "SB3, m=1": ("Stable-Baselines3, m=1", {"color": "#d1495b"} | DASHED),
     },
     "ablate-m": {
         "float64": FLOAT64,
@@ -56,8 +57,11 @@ FIGURES = {
         "float8_e4m3fn": ("float8_e4m3fn", {"color": "#d1495b"}),
     },
 }
-# What the paper holds against each other in Fig. 3, at equal memory.
-PAIRS = [("m=2", "float64, 250k rows"), ("m=2, 400k rows", "float64, 100k rows")]
+PAIRS = {  # what is subtracted from what, if not the first method from every other
+    # As in the paper at equal memory.
+    "fig3": [("m=2", "float64, 250k rows"), ("m=2, 400k rows", "float64, 100k rows")],
+    "fig4": [("m=1", "float64"), ("m=2", "float64"), ("SB3", "float64"), ("SB3, m=1", "SB3")],
+}
 TASKS = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]  # the paper's order
 Cells = dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]
 VARIED = curves.NO_DIFFERENCE | {"quant_m", "storage", "pack", "drop_constant", "buffer_size"}
@@ -65,9 +69,9 @@ VARIED = curves.NO_DIFFERENCE | {"quant_m", "storage", "pack", "drop_constant", 
 
 def method(settings: dict) -> str:
     """How a run stores what it learns from: "float64", "m=2", "float64, 250k rows", "SB3"."""
+    m, size = settings.get("quant_m"), settings.get("buffer_size", 1_000_000)
     if settings["lib"] != "ours":
-        return settings["lib"].upper()
-    m, size = settings["quant_m"], settings.get("buffer_size", 1_000_000)
+        return settings["lib"].upper() + ("" if m is None else f", m={m}")
     name = (settings["storage"] or "float64") if m is None else f"m={m}"
     name += ", packed" if settings["pack"] else ""
     return name if size == 1_000_000 else f"{name}, {size / 1000:g}k rows"
@@ -109,7 +113,7 @@ def collect(lines: list[str], out: Path) -> None:
         bins += [row for row in before if key_of(row) in kept]
     if not rows:
         raise ValueError("none of these runs has been trained yet")
-    missing = sum(key[2] != "SB3" for key in absent - kept)
+    missing = sum(not key[2].startswith("SB3") for key in absent - kept)
     for count, what in (
         (missing, "have not begun"),
         (unfinished, "are unfinished"),
@@ -143,7 +147,7 @@ def table(figure: str, found: curves.Bins) -> str:
     both methods have. docs/learning.md explains the columns.
     """
     known = list(FIGURES[figure])
-    pairs = PAIRS if figure == "fig3" else [(each, known[0]) for each in known[1:]]
+    pairs = PAIRS.get(figure) or [(each, known[0]) for each in known[1:]]
     lines, cells = [["task", "method", "seeds", "steps", "return"]], {}
     for name in sorted(found, key=place):
         seeds = {each: found[name][each] for each in known if found[name].get(each)}

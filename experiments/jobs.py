@@ -183,7 +183,8 @@ def parse(line: str) -> Job:
         for name in ("lib", "algo", "env", "seed", "total_timesteps", "run_dir"):
             if name not in settings:
                 raise ValueError(f"{line!r} lacks {arguments.flag(name)}")
-        name = "{env}__{lib}-{algo}__seed{seed}".format(**settings)
+        m = f"__quant-m-{settings['quant_m']}" if "quant_m" in settings else ""
+        name = f"{{env}}__{{lib}}-{{algo}}{m}__seed{{seed}}".format(**settings)
         steps = int(settings["total_timesteps"])
         return Job(line, Path(settings["run_dir"], name), settings, steps, COSTS[PEERS])
     return Job(line)

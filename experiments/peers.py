@@ -4,10 +4,11 @@
 
 Runs in a virtual environment of its own, .venv-bench, which run.sh makes. Both libraries' defaults
 are the paper's Table II, as ours are; given are only the networks, two hidden layers of --hidden
-each. Logs `charts/episodic_return` and `charts/SPS` where our scripts do, and leaves a result.json,
-so that compare.py, figures.py and speed.py read both the same way. What still differs from ours:
-both take statistics of every minibatch, ours of the last one; SBX's PPO clips the gradients of
-policy and value function apart and starts from other weights.
+each. With --quant-m, Stable-Baselines3's PPO learns from rounded observations, by a few lines that
+share nothing with our buffers. Logs `charts/episodic_return` and `charts/SPS` where our scripts do,
+and leaves a result.json, so that compare.py, figures.py and speed.py read both the same way. What
+still differs from ours: both take statistics of every minibatch, ours of the last one; SBX's PPO
+clips the gradients of policy and value function apart and starts from other weights.
 """
 
 import argparse
@@ -17,14 +18,17 @@ import time
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 try:
+    from stable_baselines3.common.buffers import RolloutBuffer
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.monitor import Monitor
 except ModuleNotFoundError as error:
     print(f"peers.py: error: {error}; ./run.sh experiments/peers.py installs it", file=sys.stderr)
     sys.exit(2)
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,6 +40,17 @@ LIBRARIES = {  # --lib: module, packages whose versions are printed
     "sbx": ("sbx", ("sbx-rl", "jax", "stable-baselines3", "torch")),
 }
 LOG_EVERY = 1000  # steps between two entries of the speed, for SAC, as in sac.py
+
+
+class Rounded(RolloutBuffer):
+    """Keeps m decimals of each observation in [-127, 127], as the paper does (Eq. 4, 5)."""
+
+    def __init__(self, *args: Any, m: int, **options: Any):
+        super().__init__(*args, **options)
+        self.m = m
+
+    def add(self, obs: np.ndarray, *rest: Any) -> None:
+        super().add(np.round(np.clip(obs, -127, 127), self.m), *rest)
 
 
 class Log(BaseCallback):
@@ -69,8 +84,13 @@ class Log(BaseCallback):
 
 
 def main(args: argparse.Namespace) -> None:
+    rounded = args.quant_m is not None
+    if rounded and (args.lib, args.algo) != ("sb3", "ppo"):
+        with errors.refusing("peers.py"):
+            raise ValueError("--quant-m goes only with --lib sb3 --algo ppo")
     env = Monitor(envs.make(args.env))
-    name = f"{args.env}__{args.lib}-{args.algo}__seed{args.seed}"
+    m = f"__quant-m-{args.quant_m}" if rounded else ""
+    name = f"{args.env}__{args.lib}-{args.algo}{m}__seed{args.seed}"
     folder = Path(args.run_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
     with errors.refusing("peers.py"):
@@ -84,6 +104,8 @@ def main(args: argparse.Namespace) -> None:
     options = {"seed": args.seed, "policy_kwargs": {"net_arch": [args.hidden, args.hidden]}}
     if (args.lib, args.algo) == ("sb3", "ppo"):
         options["device"] = "cpu"  # SB3 warns that it is slower on a GPU
+    if rounded:
+        options |= {"rollout_buffer_class": Rounded, "rollout_buffer_kwargs": {"m": args.quant_m}}
     model = getattr(import_module(module), args.algo.upper())("MlpPolicy", env, **options)
     model.set_logger(Logger(None, []))  # silent, and no temporary folder
     start = time.perf_counter()
@@ -103,6 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("--lib", choices=LIBRARIES, required=True)
     parser.add_argument("--algo", choices=["ppo", "sac"], required=True)
     parser.add_argument("--env", required=True)
+    parser.add_argument("--quant-m", type=int, help="decimals that SB3's PPO keeps; default all")
     parser.add_argument("--hidden", type=int, default=64, help="width of both hidden layers")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--total-timesteps", type=int, default=100_000)

@@ -10,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from stable_baselines3 import PPO
 
 import jobs
+import peers
 from support import folders
 
 ROOT = Path(__file__).parent.parent
@@ -61,9 +64,23 @@ def test_the_folder_of_a_peer(tmp_path):
     peer = "./run.sh experiments/peers.py --lib sb3 --algo sac --env Ant-v3 --seed 3"
     job = jobs.parse(f"{peer} --total-timesteps 7 --run-dir {tmp_path}")
     assert job.folder == tmp_path / "Ant-v3__sb3-sac__seed3" and job.steps == 7
-    source = (ROOT / "experiments/peers.py").read_text()
-    assert 'name = f"{args.env}__{args.lib}-{args.algo}__seed{args.seed}"' in source
+    rounded = jobs.parse(f"{peer} --total-timesteps 7 --run-dir {tmp_path} --quant-m 1")
+    assert rounded.folder == tmp_path / "Ant-v3__sb3-sac__quant-m-1__seed3"
     assert job.settings["lib"] == "sb3"
+
+
+def test_stable_baselines3_learns_from_what_was_rounded_and_acts_on_the_rest():
+    seen = []
+    buffer = {"rollout_buffer_class": peers.Rounded, "rollout_buffer_kwargs": {"m": 1}}
+    model = PPO("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, n_epochs=1, **buffer)
+    model.policy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numpy()))
+    model.learn(64)
+    raw = np.concatenate(seen[:64])  # one forward pass for each step, then the last value
+    np.testing.assert_allclose(model.rollout_buffer.observations, np.round(raw, 1), atol=1e-6)
+    assert np.abs(raw * 10 - np.round(raw * 10)).max() > 0.1
+    model.rollout_buffer.reset()
+    model.rollout_buffer.add(np.full((1, 3), -300.07), *np.zeros((3, 1, 1)), *torch.zeros(2, 1))
+    assert (model.rollout_buffer.observations[0] == -127).all()
 
 
 def test_every_line_of_run_sh_is_understood():

@@ -211,7 +211,7 @@ def listed(figure: str, **variables: str) -> list[str]:
 
 
 def test_each_figure_lists_its_command_lines():
-    counts = {"fig2": 1, "fig3": 15, "fig4": 160, "sb3": 24, "table1": 8, "ablate-m": 64}
+    counts = {"fig2": 1, "fig3": 15, "fig4": 160, "sb3": 36, "table1": 8, "ablate-m": 64}
     for figure, count in (counts | {"ablate-storage": 96}).items():
         lines = listed(figure)
         assert len(set(lines)) == len(lines) == count, figure
