@@ -413,7 +413,6 @@ class ReplayBuffer:
             "obs": self.obs.state_dict(self.fill),
             "head": list(self.head),
             "fill": list(self.fill),
-            "open": self.open.tolist(),
             "clamped": self.clamped.state_dict(),
             "rng": self._rng.bit_generator.state,
         }
@@ -425,7 +424,7 @@ class ReplayBuffer:
             ValueError: rows that this buffer does not have.
         """
         self.head, self.fill = list(saved["head"]), list(saved["fill"])
-        self.open = np.array(saved["open"], bool)
+        self.open[:] = True  # a checkpoint is between two steps, after `start`
         self.obs.load_state_dict(saved["obs"], self.fill)
         for name in self.BESIDE_OBS:
             restore(getattr(self, name), self.fill, saved[name])

@@ -117,7 +117,8 @@ fig4() { each "1 2 3 4 5 6 7 8 9 10" "" m=paper; }
 # Stable-Baselines3, which fig4 draws where it has been trained; its PPO with rounding, too.
 sb3() {
     local peers="experiments/peers.py --lib sb3 --algo"
-    each "1 2 3" "" m=paper | sed -E "/sac.*quant/d; s|(ppo\|sac)\.py|$peers \1|; s| --ch[^ ]* [0-9]+||"
+    each "1 2 3" "" m=paper | sed -E "/sac\.py.*--quant-m/d" |
+        sed -E "s|(ppo\|sac)\.py|$peers \1|; s| --checkpoint-every [0-9]+||"
 }
 
 ablate-m() { each "1 2" "" "--quant-m 0" "--quant-m 1" "--quant-m 2"; }
@@ -205,7 +206,7 @@ attempt() {
 
 # reproduce: all of experiments/results.
 reproduce() {
-    local results=experiments/results python=.venv/bin/python failed=0 figure seed=${SEEDS:-1}
+    local results=experiments/results python=.venv/bin/python failed=0 figure seed
     refuse_variables
     setup .venv requirements.txt
     attempt env OUT=$results ./run.sh fig2
@@ -213,8 +214,9 @@ reproduce() {
         attempt env OUT="$results/$figure" ./run.sh "$figure"
     done
     export OMP_NUM_THREADS=1
+    read -r seed _ <<<"${SEEDS:-1}" # the first one
     attempt $python experiments/ablation.py errors --out $results/ablation \
-        runs/paper/*__sac__seed-"${seed%% *}" runs/paper/*__sac__quant-m-[01]__seed-"${seed%% *}"
+        runs/paper/*__sac__seed-"$seed" runs/paper/*__sac__quant-m-[012]__seed-"$seed"
     attempt $python experiments/ablation.py speed --env Humanoid-v3 --rounds "${ROUNDS:-3}" \
         --steps 1000 --out $results/ablation
     attempt $python experiments/budget.py --out $results/budget.csv

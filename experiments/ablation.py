@@ -22,15 +22,16 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import sac
 from buffers import CPU, ReplayBuffer
 from curves import Parser, optional, read_csv
 from figures import method
+from play import read_checkpoint, reading
 from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed, make_codec
 from speed import child, ratio
-from support import checkpoints, envs
+from support import envs
 
 OUT = Path("runs/ablation")
+LEAST_STATES = 100
 # codec, flags of sac.py
 STORAGES = {name: (Float(dtype), ["--storage", name]) for name, dtype in STORAGE_DTYPES.items()}
 STORAGES |= {f"m={m}": (FixedPoint(m), ["--quant-m", str(m)]) for m in range(4)}
@@ -43,19 +44,20 @@ SHOWN = {  # column of errors.csv: its head and format in the table
     "relative": ("error / std", ".1e"),
     "relative_worst": ("worst column", ".1e"),
     "clamped": ("clamped", ".2%"),
+    "states": ("states", ",.0f"),
     "colliding": ("colliding", ".3%"),
     "conflicting": ("conflicting", ".3%"),
 }
-ERRORS = ["task", "method", "seed", "storage", "max_abs", "states", "distinct", *SHOWN]
+ERRORS = ["task", "method", "seed", "storage", "max_abs", "distinct", *SHOWN]
 SPEED = ["round", "task", "storage", "ms_per_step", "threads", "torch", "machine"]
 LEGEND = """
 bytes: of a stored observation. ms/step: of SAC, median of the rounds (median of their ratios to
 float64). Errors: of the last tenth of the states that a float64 run stored, after decoding to
 float32, clamping included: RMS and worst over all values; error / std: a column's RMS error over
 its standard deviation, in the median column and the worst one; clamped: share of the values. A run
-that stored rounded states has none of these. colliding: share of all stored states whose s_q, all
-that the networks learn from, occurs more than once; conflicting: together with the same action and
-another reward, the paper's collision."""
+that stored rounded states has none of these. colliding: share of all stored states, as many as
+states says, whose s_q, all that the networks learn from, occurs more than once; conflicting:
+together with the same action and another reward, the paper's collision."""
 
 
 # --- What runs have stored -----------------------------------------------------------------------
@@ -69,29 +71,35 @@ def stored(run: Path) -> tuple[dict, Codec, dict[str, np.ndarray]]:
         float64, action (N, k) and reward (N,) float32.
 
     Raises:
-        ValueError, OSError: one line; there is no checkpoint, or one that does not hold all.
+        ValueError: one line; there is no checkpoint, or one that does not hold all.
     """
-    saved = checkpoints.load(run / "checkpoint.pt")
-    if saved["script"] != "sac.py":
-        raise ValueError(f"{run} is of {saved['script']}, which keeps no transitions")
-    args = sac.Args(**saved["args"])
+    saved = read_checkpoint(run)
+    if saved.script != "sac.py":
+        raise ValueError(f"{run} is of {saved.script}, which keeps no transitions")
+    args = saved.args
     codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
+    if args.num_envs > 1:
+        raise ValueError(f"{run} has --num-envs {args.num_envs}; only runs of one env are read")
+    if codec.name == "float64" and args.drop_constant:
+        raise ValueError(f"{run} has --drop-constant, from which float64 reads back as float32")
     env = envs.make(args.env)
     sizes = env.observation_space.shape[0], env.action_space.shape[0], CPU
     env.close()
-    buffer = ReplayBuffer(
-        codec, args.buffer_size, args.num_envs, *sizes, args.seed, args.drop_constant
-    )
-    buffer.load_state_dict(saved["parts"]["buffer"])
-    if args.num_envs > 1 or buffer.fill == [buffer.ring]:
-        raise ValueError(f"{run} has overwritten what it stored first, or has several envs")
+    buffer = ReplayBuffer(codec, args.buffer_size, 1, *sizes, args.seed, args.drop_constant)
+    with reading(saved.file):
+        buffer.load_state_dict(saved.parts["buffer"])
     rows = np.flatnonzero(buffer.is_start.numpy())
-    is_float64 = codec.name == "float64" and not args.drop_constant
+    if buffer.fill == [buffer.ring]:
+        raise ValueError(f"{run} has overwritten what it stored first; --buffer-size was too small")
+    if len(rows) < LEAST_STATES:
+        raise ValueError(f"{run} has stored {len(rows)} transitions; {LEAST_STATES} are needed")
     arrays = {
-        "obs": buffer.obs.array.numpy()[rows] if is_float64 else buffer.obs.get(rows).numpy(),
+        "obs": buffer.obs.get(rows).numpy(),
         "action": buffer.actions.numpy()[rows],
         "reward": buffer.rewards.numpy()[rows],
     }
+    if codec.name == "float64":
+        arrays["obs"] = buffer.obs.array.numpy()[rows]
     return {"lib": "ours", "algo": "sac"} | asdict(args), codec, arrays
 
 
@@ -156,7 +164,7 @@ def write(path: Path, columns: list[str], rows: list[dict]) -> None:
         writer.writerow(columns)
         for row in rows:
             cells = [row.get(column) for column in columns]
-            shown = [f"{c:.6g}" if isinstance(c, float) else c for c in cells]
+            shown = [f"{c:.6g}" if isinstance(c, float | np.floating) else c for c in cells]
             writer.writerow("" if c == "nan" else c for c in shown)
 
 
@@ -167,13 +175,15 @@ def errors(args: argparse.Namespace) -> None:
         settings, codec, arrays = stored(run)
         found = {"task": settings["env"], "method": method(settings), "seed": settings["seed"]}
         float64, last_tenth = found["method"] == "float64", -(len(arrays["obs"]) // 10)
-        codecs = STORAGES if float64 else {found["method"]: (codec, [])}
-        for name, (each, _) in codecs.items():
-            rows.append(found | {"storage": name} | collisions(each, arrays))
+        of_codes = {}  # packed ones are the same
+        for name, (each, _) in (STORAGES if float64 else {found["method"]: (codec, [])}).items():
+            if (codes := name.removesuffix(" packed")) not in of_codes:
+                of_codes[codes] = collisions(each, arrays)
+            rows.append(found | {"storage": name} | of_codes[codes])
             if float64:
                 rows[-1] |= rounding(each, arrays["obs"][last_tenth:])
             print(f"{run}, {name}: colliding {rows[-1]['colliding']:.2%}")
-    write(args.out / "errors.csv", ERRORS, rows)
+        write(args.out / "errors.csv", ERRORS, rows)
 
 
 # --- Speed ---------------------------------------------------------------------------------------

@@ -260,13 +260,15 @@ def curves_of(seeds: dict[int, Seed]) -> dict[int, dict[int, float]]:
 def late_returns(seeds: dict[int, Seed], end: int) -> dict[int, float]:
     """{seed: mean return of the episodes in the last tenth of the steps up to `end`}.
 
-    A bin counts if it ends in that tenth; a seed in which no episode did is left out.
+    A bin counts if it ends in that tenth; where none does, the last one before `end`. A seed in
+    which no episode ended before is left out.
     """
     found = {}
     for seed, (_, bins) in seeds.items():
-        late = [(mean, count) for edge, mean, count in bins if 0.9 * end < edge <= end]
+        before = [each for each in sorted(bins) if each[0] <= end]
+        late = [each for each in before if each[0] > 0.9 * end] or before[-1:]
         if late:
-            means, counts = zip(*late, strict=True)
+            _, means, counts = zip(*late, strict=True)
             found[seed] = float(np.average(means, weights=counts))
     return found
 

@@ -63,7 +63,7 @@ PAIRS = {  # what is subtracted from what, if not the first method from every ot
     "fig4": [("m=1", "float64"), ("m=2", "float64"), ("SB3", "float64"), ("SB3, m=1", "SB3")],
 }
 TASKS = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]  # the paper's order
-Cells = dict[tuple[str, str, str], tuple[np.ndarray, np.ndarray]]
+Cells = dict[tuple[str, str, str, int], tuple[np.ndarray, np.ndarray]]
 VARIED = curves.NO_DIFFERENCE | {"quant_m", "storage", "pack", "drop_constant", "buffer_size"}
 
 
@@ -150,45 +150,51 @@ def table(figure: str, found: curves.Bins) -> str:
     pairs = PAIRS.get(figure) or [(each, known[0]) for each in known[1:]]
     lines, cells = [["task", "method", "seeds", "steps", "return"]], {}
     for name in sorted(found, key=place):
-        seeds = {each: found[name][each] for each in known if found[name].get(each)}
-        ends = {each: min(end for end, _ in runs.values()) for each, runs in seeds.items()}
-        for each, end in ends.items():
-            if returns := curves.late_returns(seeds[each], end):
+        seeds, ends = {}, {}
+        for each in known:
+            begun = curves.curves_of(found[name].get(each, {}))
+            if begun:
+                seeds[each] = {seed: found[name][each][seed] for seed in begun}
+                ends[each] = min(end for end, _ in seeds[each].values())
+                returns = curves.late_returns(seeds[each], ends[each])
                 numbers, values = curves.seeds_of(returns), [*returns.values()]
-                lines.append([name, each, numbers, f"{end:,}", intervals.spread(values)])
+                lines.append([name, each, numbers, f"{ends[each]:,}", intervals.spread(values)])
         for each, other in pairs:
             if each in seeds and other in seeds:
                 end = min(ends[each], ends[other])
-                both = [curves.late_returns(seeds[of], end).values() for of in (each, other)]
-                if all(both):
-                    cells[name, each, other] = tuple(np.array([*values]) for values in both)
+                both = (curves.late_returns(seeds[of], end).values() for of in (each, other))
+                cells[name, each, other, end] = tuple(np.array([*values]) for values in both)
     parts = [lines, differences(cells), over_tasks(cells)]
     return "\n\n".join(curves.markdown(part) for part in parts if len(part) > 1)
 
 
 def differences(cells: Cells) -> list[list[str]]:
-    """A line for each of {(panel, method, reference): (returns, those of the reference)}."""
-    lines = [["task", "method", "minus that of", "difference", "95% interval"]]
-    lines[0] += ["bootstrap", "in s.d.", "P(higher)"]
-    for key, (a, b) in cells.items():
+    """A line for each of {(panel, method, reference, steps): (returns, those of the reference)}."""
+    lines = [["task", "method", "return", "reference", "its return", "steps", "n", "difference"]]
+    lines[0] += ["95% interval", "bootstrap", "in s.d.", "P(higher)"]
+    for (task, each, other, end), (a, b) in cells.items():
+        line = [task, each, intervals.spread(a), other, intervals.spread(b), f"{end:,}"]
+        line += [f"{len(a)} and {len(b)}", *intervals.difference(a, b)]
         around = intervals.bootstrap(intervals.mean_difference, a, b)
-        apart, higher = intervals.deviations(a, b), intervals.probability_higher(a, b)
-        line = [*key, *intervals.difference(a, b), intervals.as_text(around)]
-        lines.append([*line, "-" if apart is None else f"{apart:.1f}", f"{higher:.2f}"])
+        line += [intervals.as_text(around), "-", "-"]
+        if around and (apart := intervals.deviations(a, b)) is not None:
+            line[-2:] = f"{apart:.1f}", f"{intervals.probability_higher(a, b):.2f}"
+        lines.append(line)
     return lines
 
 
 def over_tasks(cells: Cells) -> list[list[str]]:
-    """The same cells together, of each algorithm, where all have seeds enough for an interval."""
-    lines = [["tasks", "method", "minus that of", "IQM", "95% interval", "P(higher)"]]
-    lines[0].append("95% interval")
+    """The cells of an algorithm together, where all have seeds enough for an interval."""
+    lines = [["tasks", "method", "reference", "steps", "difference of IQMs", "95% interval"]]
+    lines[0] += ["P(higher)", "95% of P"]
     of_tasks = defaultdict(list)
-    for (name, each, other), cell in cells.items():
-        of_tasks[name.split(", ")[0], each, other].append(cell)
-    for (algo, each, other), these in of_tasks.items():
-        (iqm, around), (higher, about) = intervals.over_cells(these)
-        if len(these) > 1 and around:
-            line = [f"{algo}, {len(these)}", each, other, f"{iqm:+.1%}"]
+    for (name, *key), cell in cells.items():
+        of_tasks[name.split(", ")[0], *key].append(cell)
+    for (algo, each, other, end), these in of_tasks.items():
+        found = intervals.over_cells(these) if len(these) > 1 else None
+        if found and found[0][1]:
+            (iqm, around), (higher, about) = found
+            line = [f"{algo}, {len(these)}", each, other, f"{end:,}", f"{iqm:+.1%}"]
             line += [intervals.as_text(around, "+.1%"), f"{higher:.2f}"]
             lines.append([*line, intervals.as_text(about, ".2f")])
     return lines

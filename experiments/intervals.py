@@ -6,12 +6,13 @@ the Edge of the Statistical Precipice" (2021): interquartile mean, probability o
 a bootstrap that draws seeds anew in each sample by itself.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import stats
 
-LEAST_SEEDS = 5  # for a bootstrap: fewer resampled ones would make its interval far too narrow
+LEAST_SEEDS = 5  # for a bootstrap: with fewer its interval is far too narrow
 Sample = Sequence[float] | np.ndarray
 Interval = tuple[float, float]
 
@@ -35,9 +36,10 @@ def bootstrap(statistic: Callable, *samples: Sample) -> Interval | None:
 
 def welch(a: Sample, b: Sample) -> Interval | None:
     """95% interval of mean(a) - mean(b), by Welch's t; None if their spread is not known."""
-    if min(len(a), len(b)) < 2 or np.var(a) + np.var(b) == 0:
+    if min(len(a), len(b)) < 2 or np.ptp(a) + np.ptp(b) == 0:
         return None
-    return tuple(stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95))
+    with warnings.catch_warnings(action="ignore"):  # of a sample whose numbers are all equal
+        return tuple(stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95))
 
 
 def probability_higher(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -67,35 +69,43 @@ def difference(returns: Sample, reference: Sample, robust: bool = False) -> tupl
         return "-", "-"
     a, b = np.array(returns, np.float64), np.array(reference, np.float64)
     if robust:
-        return f"{iqm_difference(a, b):+.0f}", as_text(bootstrap(iqm_difference, a, b))
-    return f"{mean_difference(a, b):+.0f}", as_text(welch(a, b))
+        return signed(iqm_difference(a, b)), as_text(bootstrap(iqm_difference, a, b))
+    return signed(mean_difference(a, b)), as_text(welch(a, b))
 
 
-def deviations(a: Sample, b: Sample) -> float | None:
-    """Distance of the means in units of the smaller of the two sample standard deviations.
+def signed(x: float) -> str:
+    return f"{round(x):+d}"  # never "-0"
 
-    The paper's criterion (Sec. V-B), returns "within a standard deviation of each other", holds up
-    to 1. None if a deviation is not known.
+
+def deviations(returns: Sample, reference: Sample) -> float | None:
+    """Distance of the means in standard deviations of the reference; None where there is none.
+
+    The paper finds all returns "within a standard deviation of each other" (Sec. V-B): up to 1.
     """
-    if min(len(a), len(b)) < 2 or not (smaller := min(np.std(a, ddof=1), np.std(b, ddof=1))):
+    if len(reference) < 2 or not (deviation := np.std(reference, ddof=1)):
         return None
-    return abs(np.mean(a) - np.mean(b)) / smaller
+    return abs(np.mean(returns) - np.mean(reference)) / deviation
 
 
-def over_cells(cells: Sequence[tuple[Sample, Sample]]) -> list[tuple[float, Interval | None]]:
+def over_cells(
+    cells: Sequence[tuple[Sample, Sample]],
+) -> list[tuple[float, Interval | None]] | None:
     """What several cells say together, and the 95% interval of each.
 
     Args:
         cells: (returns, reference) of each task. Both are taken relative to the size of the
-            reference's mean, so that tasks weigh the same.
+            reference's mean; with as many seeds each, the tasks weigh the same.
 
     Returns:
         Difference of the interquartile means over all seeds of all cells, 0.05 for five per cent
         higher; mean over the cells of the probability that a seed is above one of the reference.
+        None where a reference's mean is no measure: it lies within a deviation of 0.
     """
     samples = []
     for returns, reference in cells:
         size = abs(np.mean(reference))
+        if size <= np.std(reference):
+            return None
         samples += [np.array(returns) / size, np.array(reference) / size]
 
     def together(*samples: np.ndarray, axis: int = -1) -> np.ndarray:

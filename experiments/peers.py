@@ -85,9 +85,9 @@ class Log(BaseCallback):
 
 def main(args: argparse.Namespace) -> None:
     rounded = args.quant_m is not None
-    if rounded and (args.lib, args.algo) != ("sb3", "ppo"):
+    if rounded and ((args.lib, args.algo) != ("sb3", "ppo") or args.quant_m < 0):
         with errors.refusing("peers.py"):
-            raise ValueError("--quant-m goes only with --lib sb3 --algo ppo")
+            raise ValueError("--quant-m, at least 0, goes only with --lib sb3 --algo ppo")
     env = Monitor(envs.make(args.env))
     m = f"__quant-m-{args.quant_m}" if rounded else ""
     name = f"{args.env}__{args.lib}-{args.algo}{m}__seed{args.seed}"

@@ -56,10 +56,12 @@ def unfinished(folder: Path) -> Path:
     return folder
 
 
-def sb3(root: Path, algo="ppo", seed=1, env="Ant-v3", ends=None, total=20_480) -> Path:
+def sb3(root: Path, algo="ppo", seed=1, env="Ant-v3", total=20_480, m=None) -> Path:
     """A finished run of Stable-Baselines3, as peers.py leaves it."""
     settings = {"lib": "sb3", "algo": algo, "env": env, "hidden": 64, "seed": seed}
-    settings |= {"total_timesteps": total, "run_dir": str(root)}
-    folder = log(root / f"{env}__sb3-{algo}__seed{seed}", settings, ends or episodes(total, 900))
+    settings |= {"total_timesteps": total, "run_dir": str(root), "quant_m": m}
+    rounded = "" if m is None else f"__quant-m-{m}"
+    folder = root / f"{env}__sb3-{algo}{rounded}__seed{seed}"
+    log(folder, settings, episodes(total, 900))
     (folder / "result.json").write_text(json.dumps({"global_step": total, "versions": {}}))
     return folder

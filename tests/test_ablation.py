@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -314,19 +315,34 @@ def test_a_row_of_errors_and_one_of_speed(tmp_path, capsys):
 
 
 def test_runs_without_all_their_transitions_are_refused(walkers, tmp_path, capsys):
-    line = fails(capsys, "errors", walkers["--buffer-size 256"], "--out", tmp_path / "out")
-    assert line.endswith("has overwritten what it stored first, or has several envs")
-    line = fails(capsys, "errors", tmp_path, "--out", tmp_path / "out")
-    assert str(tmp_path / "checkpoint.pt") in line
+    def refused(run: Path) -> str:
+        line = fails(capsys, "errors", run, "--out", tmp_path / "out")
+        assert line.startswith("ablation.py: error: ") and str(run) in line
+        return line
+
+    def left(script, **changes) -> Path:
+        small = {"env": "Pendulum-v1", "run_dir": str(tmp_path), "run_name": "run", "hidden": 8}
+        small |= {"total_timesteps": 120, "checkpoint_every": 120, "eval_episodes": 0}
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        script.main(script.Args(**small | changes))
+        return tmp_path / "run"
+
+    assert "has overwritten what it stored first" in refused(walkers["--buffer-size 256"])
+    assert "No such file" in refused(tmp_path)
     damaged = tmp_path / "checkpoint.pt"
     damaged.write_bytes((walkers[""] / "checkpoint.pt").read_bytes()[:-1])
-    assert "damaged" in fails(capsys, "errors", tmp_path, "--out", tmp_path / "out")
-    small = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "total_timesteps": 8}
-    small |= {"checkpoint_every": 8, "eval_episodes": 0, "run_dir": str(tmp_path)}
-    ppo.main(ppo.Args(env="Pendulum-v1", run_name="ppo", **small))
-    line = fails(capsys, "errors", tmp_path / "ppo", "--out", tmp_path / "out")
-    assert line.endswith("is of ppo.py, which keeps no transitions")
+    assert "damaged" in refused(tmp_path)
+    ppo_run = left(ppo, n_steps=60, batch_size=20, n_epochs=1)
+    assert "is of ppo.py, which keeps no transitions" in refused(ppo_run)
+    assert "has stored 99 transitions; 100 are" in refused(left(sac, total_timesteps=99))
+    assert "--num-envs 2" in refused(left(sac, num_envs=2))
+    assert "--drop-constant" in refused(left(sac, drop_constant=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_done_before_a_bad_run_is_kept(walkers, tmp_path, capsys):
+    fails(capsys, "errors", walkers["--quant-m 1"], tmp_path, "--out", tmp_path / "out")
+    assert len(read(tmp_path / "out/errors.csv")) == 1
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,16 @@ def test_returns_are_those_of_the_last_tenth(tmp_path, end):
     write(tmp_path / "out", run(tmp_path, total=40_000), run(tmp_path, seed=5, total=900))
     seeds = curves.read_bins(tmp_path / "out", lambda row: row["env"])["Ant-v3"]["m=None"]
     late = [ret for s, ret in episodes(40_000, offset=1) if 0.9 * end < s <= end]
-    # Of seed 5 no episode ended so late.
-    assert curves.late_returns(seeds, end) == {1: pytest.approx(statistics.mean(late), rel=1e-5)}
+    found = curves.late_returns(seeds, end)
+    assert found[1] == pytest.approx(statistics.mean(late), rel=1e-5)
+    assert found[5] == pytest.approx(700 / 64 + 5, rel=1e-5)  # its last one
+
+
+def test_there_is_a_return_wherever_a_bin_is_complete():
+    """Of 57,000 steps in bins of 10,000 none ends within the last tenth."""
+    seeds = {1: (57_000, [(edge, float(edge), 1) for edge in range(10_000, 70_000, 10_000)])}
+    assert curves.late_returns(seeds, 57_000) == {1: 50_000}
+    assert curves.late_returns(seeds, 9_000) == {}
 
 
 def test_bad_csvs(tmp_path):

@@ -34,10 +34,10 @@ def train(lines: list[str], offset=lambda settings: 0.0) -> None:
         job = jobs.parse(line)
         words = line.split()
         given = dict(zip(words[2::2], words[3::2], strict=True))
-        if "--lib" in given:
-            sb3(job.folder.parent, given["--algo"], int(given["--seed"]), given["--env"])
-            continue
         m, size = given.get("--quant-m"), int(given.get("--buffer-size", 1_000_000))
+        if "--lib" in given:
+            sb3(job.folder.parent, given["--algo"], int(given["--seed"]), given["--env"], m=m)
+            continue
         settings = {"m": m and int(m), "seed": int(given["--seed"]), "env": given["--env"]}
         if words[1] == "sac.py":
             settings["buffer_size"] = size
@@ -73,14 +73,14 @@ def test_fig4_shows_both_algorithms_on_the_four_tasks(tmp_path, monkeypatch, cap
     found = cells(out)
     tasks = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]
     panels = [f"{algo}, {task}" for algo in ("PPO", "SAC") for task in tasks]
-    head = ["task", "method", "minus that of", "difference", "95% interval"]
-    split = found.index([*head, "bootstrap", "in s.d.", "P(higher)"])
+    split = [row[:4] for row in found].index(["task", "method", "return", "reference"])
     assert list(dict.fromkeys(row[0] for row in found[1:split])) == panels
     assert ["PPO, Ant-v3", "SB3", "1"] in [row[:3] for row in found]
     mean = np.mean([s / 64 for s in range(700, 20_001, 700) if s > 18_000]) + 13 / 3
     assert ["SAC, Ant-v3", "m=2", "1 to 2, 10", "20,000", f"{mean + 100:.0f} ± 5"] in found
-    differences = {tuple(row[:3]): row[3] for row in found[split + 1 :]}
-    assert differences["PPO, Walker2d-v3", "m=1", "float64"] == "+100"
+    differences = {(*row[:2], row[3]): row[5:] for row in found[split + 1 :]}
+    steps, count, shift, _, *unknown = differences["PPO, Walker2d-v3", "m=1", "float64"]
+    assert (steps, count, shift) == ("20,000", "3 and 3", "+100") and unknown == ["-"] * 3
     assert ("PPO, Walker2d-v3", "m=2", "float64") not in differences
     for name in ("fig4.png", "fig4.pdf", "fig4.md", "runs.csv", "curves.csv"):
         assert (tmp_path / "out" / name).stat().st_size > 300
@@ -98,8 +98,35 @@ def test_fig3_holds_equal_memory_against_each_other(tmp_path, monkeypatch, capsy
     assert methods == set(figures.FIGURES["fig3"])
     *_, first, second = cells(out)
     task = "SAC, Humanoid-v3"
-    assert first[:4] == [task, "m=2", "float64, 250k rows", "+750"]
-    assert second[:4] == [task, "m=2, 400k rows", "float64, 100k rows", "+300"]
+    assert first[:4:3] + first[1:8:6] == [task, "float64, 250k rows", "m=2", "+750"]
+    assert second[:4:3] + second[1:8:6] == [task, "float64, 100k rows", "m=2, 400k rows", "+300"]
+
+
+def test_what_five_seeds_of_two_tasks_say_together(tmp_path, monkeypatch, capsys):
+    variables = {"SEEDS": "1 2 3 4 5", "TASKS": "Ant-v3 Walker2d-v3", "ALGOS": "ppo"}
+    variables["STEPS"] = "20000"
+    lines = [
+        each for name in ("fig4", "sb3") for each in lines_of(name, tmp_path / "r", **variables)
+    ]
+    train(lines, lambda settings: 0.0 if settings["m"] is None else 100.0)
+    out, _ = make(monkeypatch, capsys, "fig4", lines, tmp_path / "out")
+    *_, head, ours, theirs, rounded = cells(out)
+    assert head[4:] == ["difference of IQMs", "95% interval", "P(higher)", "95% of P"]
+    assert ours[:4] == ["PPO, 2", "m=1", "float64", "20,000"]
+    assert ours[6:] == ["1.00", "1.00 to 1.00"]
+    returns = [ret for step, ret in episodes(20_000) if step > 18_000]
+    expected = 100 / (np.mean(returns) + 3)
+    assert float(ours[4].rstrip("%")) / 100 == pytest.approx(expected, abs=0.001)
+    assert theirs[1:3] == ["SB3", "float64"] and rounded[1:4] == ["SB3, m=1", "SB3", "20,000"]
+    assert rounded[4] == "+0.0%" and rounded[6] == "0.50"
+    each = [
+        row for row in cells(out) if row[:4:3] == ["PPO, Ant-v3", "float64"] and row[1] == "m=1"
+    ]
+    low, high = (int(number) for number in each[0][9].split(" to "))
+    assert low < 100 < high and each[0][10:] == [
+        f"{100 / np.std([1, 2, 3, 4, 5], ddof=1):.1f}",
+        "1.00",
+    ]
 
 
 @pytest.mark.parametrize("figure", ["ablate-m", "ablate-storage"])
@@ -156,8 +183,8 @@ def test_methods_of_different_lengths_are_compared_as_far_as_both_have_come(
     float64, rounded, sb3, equal, behind = (row for row in cells(text) if row[0] != "task")
     assert float64[3:] == rounded[3:] and (float64[3], sb3[3]) == ("40,000", "20,480")
     assert float(float64[4]) > float(sb3[4]) + 250
-    assert equal[:4] == ["SAC, Ant-v3", "m=2", "float64", "+0"]
-    assert behind[1] == "SB3" and abs(float(behind[3])) < 15
+    assert equal[2] == equal[4] == rounded[4] and equal[5:8] == ["40,000", "1 and 1", "+0"]
+    assert behind[1] == "SB3" and behind[5] == "20,480" and abs(float(behind[7])) < 15
     shorter = lines_of("fig4", tmp_path / "runs", **narrow | {"STEPS": "10000"})
     make(monkeypatch, capsys, "fig4", shorter, tmp_path / "short")
     assert {row["steps"] for row in curves.read_runs(tmp_path / "short")} == {"10000"}

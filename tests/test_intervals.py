@@ -54,6 +54,22 @@ def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(count
     assert 0.92 < covered / 400 <= (0.99 if count == 2 else 0.98)
 
 
+@pytest.mark.parametrize("count", [5, 10])
+def test_the_bootstrap_covers_the_truth_less_often(count):
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        a, b = rng.normal(300, 100, count), rng.normal(100, 200, count)
+        low, high = intervals.bootstrap(intervals.mean_difference, a, b)
+        covered += low <= 200 <= high
+    assert 0.8 < covered / 400 < 0.94
+
+
+def test_an_interval_with_a_constant_sample_says_nothing_on_stderr(recwarn):
+    low, high = intervals.welch([1000.0] * 3, [900.0, 950.0, 1000.0])
+    assert low < 50 < high and not recwarn
+    assert intervals.welch([0.1] * 3, [0.1] * 3) is None
+
+
 def test_the_interval_of_a_difference_is_that_of_welchs_t():
     a, b = [1.0, 5.0, 9.0], [100.0, 103.0, 120.0, 90.0]
     errors = [statistics.variance(x) / len(x) for x in (a, b)]  # squared, of the means
@@ -67,6 +83,7 @@ def test_differences_as_text():
     assert intervals.difference([10.0, 14.0], [0.0, 2.0]) == ("+11", "-3 to +25")
     assert intervals.difference([10.0], [1.0, 2.0]) == ("+8", "-")  # 8.5, to even
     assert intervals.difference([], [1.0]) == ("-", "-")
+    assert intervals.difference([1.0], [1.3]) == ("+0", "-")  # not "-0"
     assert intervals.difference([3.0, 3.0], [1.0, 1.0]) == ("+2", "-")  # no spread, no interval
 
 
@@ -86,11 +103,12 @@ def test_the_probability_to_be_higher_counts_pairs(a, b):
     assert found == pytest.approx(stats.mannwhitneyu(a, b).statistic / len(pairs))
 
 
-def test_distance_in_deviations_is_the_papers_criterion():
+def test_distance_in_deviations_of_the_reference():
     a, b = [0.0, 10.0, 20.0], [11.0, 12.0, 13.0]  # standard deviations 10 and 1
-    assert intervals.deviations(a, b) == intervals.deviations(b, a) == pytest.approx(2)
-    assert intervals.deviations(a, [5.0]) is None
-    assert intervals.deviations([5.0, 5.0], a) is None
+    assert intervals.deviations(a, b) == pytest.approx(2)
+    assert intervals.deviations(b, a) == pytest.approx(0.2)
+    assert intervals.deviations([5.0, 5.0], a) == pytest.approx(0.5)
+    assert intervals.deviations(a, [5.0]) is intervals.deviations(a, [5.0, 5.0]) is None
 
 
 def cell(rng: np.random.Generator, shift: float, scale: float, count: int = 10) -> tuple:
@@ -117,6 +135,18 @@ def test_over_cells_a_negative_task_has_no_other_sign():
     assert apart == pytest.approx(0.25) and higher == 1
     (apart, _), (higher, _) = intervals.over_cells([(low, high)])
     assert apart == pytest.approx(-1 / 3) and higher == 0
+
+
+def test_over_cells_a_reference_around_0_is_no_measure():
+    around, beyond = np.linspace(-10, 12, 5), np.linspace(90, 112, 5)
+    assert intervals.over_cells([(beyond, beyond), (beyond, around)]) is None
+
+
+def test_over_cells_one_task_of_four_may_collapse_unseen():
+    """The interquartile mean leaves out a quarter: the docs tell the reader to look at each."""
+    fine = np.linspace(95, 105, 10)
+    (apart, _), _ = intervals.over_cells([(fine, fine)] * 3 + [(fine / 1000, fine)])
+    assert -0.1 < apart < 0
 
 
 def test_over_cells_probabilities_are_means_over_the_tasks():

@@ -1,5 +1,6 @@
 """experiments/jobs.py: the queue behind ./run.sh fig4, with real trainings and with stand-ins."""
 
+import argparse
 import io
 import os
 import re
@@ -15,6 +16,8 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
+import curves
+import figures
 import jobs
 import peers
 from support import folders
@@ -60,13 +63,40 @@ def test_the_folder_of_a_line_is_the_one_that_its_run_makes(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("jobs.py: 1 of 1 done\n")
 
 
-def test_the_folder_of_a_peer(tmp_path):
-    peer = "./run.sh experiments/peers.py --lib sb3 --algo sac --env Ant-v3 --seed 3"
-    job = jobs.parse(f"{peer} --total-timesteps 7 --run-dir {tmp_path}")
-    assert job.folder == tmp_path / "Ant-v3__sb3-sac__seed3" and job.steps == 7
-    rounded = jobs.parse(f"{peer} --total-timesteps 7 --run-dir {tmp_path} --quant-m 1")
-    assert rounded.folder == tmp_path / "Ant-v3__sb3-sac__quant-m-1__seed3"
-    assert job.settings["lib"] == "sb3"
+@pytest.mark.parametrize("m", [None, 1])
+def test_the_folder_of_a_peer(tmp_path, m):
+    """The queue knows it before it is made, and finds the run finished."""
+    flags = (
+        f"--lib sb3 --algo ppo --env Pendulum-v1 --seed 3 --total-timesteps 7 --run-dir {tmp_path}"
+    )
+    flags += "" if m is None else f" --quant-m {m}"
+    job = jobs.parse(f"./run.sh experiments/peers.py {flags}")
+    assert job.settings["lib"] == "sb3" and job.steps == 7 and not job.finished
+    given = {
+        "lib": "sb3",
+        "algo": "ppo",
+        "env": "Pendulum-v1",
+        "quant_m": m,
+        "hidden": 8,
+        "seed": 3,
+    }
+    peers.main(argparse.Namespace(**given, total_timesteps=7, run_dir=str(tmp_path)))
+    assert job.finished
+    found = curves.read_run(job.folder)
+    assert found.settings["quant_m"] == m and found.end == 2048
+    assert figures.method(found.settings) == figures.method(job.settings)
+
+
+def test_only_the_ppo_of_stable_baselines3_is_rounded(tmp_path, capsys):
+    for lib, algo, m in (("sb3", "sac", 1), ("sbx", "ppo", 1), ("sb3", "ppo", -1)):
+        given = {"lib": lib, "algo": algo, "env": "Pendulum-v1", "quant_m": m, "hidden": 8}
+        with pytest.raises(SystemExit) as stopped:
+            peers.main(argparse.Namespace(**given, seed=1, run_dir=str(tmp_path)))
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith(
+            "peers.py: error: --quant-m, at least 0, goes only"
+        )
+    assert not [*tmp_path.iterdir()]
 
 
 def test_stable_baselines3_learns_from_what_was_rounded_and_acts_on_the_rest():
@@ -75,7 +105,8 @@ def test_stable_baselines3_learns_from_what_was_rounded_and_acts_on_the_rest():
     model = PPO("MlpPolicy", "Pendulum-v1", n_steps=64, batch_size=32, n_epochs=1, **buffer)
     model.policy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numpy()))
     model.learn(64)
-    raw = np.concatenate(seen[:64])  # one forward pass for each step, then the last value
+    raw = np.concatenate(seen)
+    assert len(raw) == 64  # a forward pass for each step
     np.testing.assert_allclose(model.rollout_buffer.observations, np.round(raw, 1), atol=1e-6)
     assert np.abs(raw * 10 - np.round(raw * 10)).max() > 0.1
     model.rollout_buffer.reset()

@@ -95,7 +95,8 @@ def results(name: str) -> list[dict[str, str]]:
 def error_of(storage: str, column: str) -> float:
     """From errors.csv, of Humanoid-v3."""
     rows = results("ablation/errors.csv")
-    (row,) = (r for r in rows if (r["task"], r["storage"]) == ("Humanoid-v3", storage))
+    key = "Humanoid-v3", "float64", storage
+    (row,) = (row for row in rows if (row["task"], row["method"], row["storage"]) == key)
     return float(row[column])
 
 

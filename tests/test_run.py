@@ -345,7 +345,7 @@ def test_reproduce_goes_on_after_a_failure_but_not_after_a_signal(house):
     queues = [line.split("./run.sh ")[1] for line in lines if "jobs.py" in line]
     figures = ["fig2", "fig3", "sb3", "fig4", "ablate-m", "ablate-storage", "table1"]
     assert queues == [f"{figure} --draw" for figure in figures]
-    assert done.returncode == 1 and "scaling.py" in lines[-1] and len(lines) == 15
+    assert done.returncode == 1 and "scaling.py" in lines[-1] and len(lines) == 14
     assert run(house / "run.sh", "reproduce", env=os.environ | {"CODE": "0"}).returncode == 0
     stopped = run(house / "run.sh", "reproduce", env=os.environ | {"CODE": "130"})
     assert stopped.returncode == 130 and len(stopped.stdout.splitlines()) == 1
