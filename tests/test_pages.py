@@ -136,7 +136,11 @@ FIGURES = {  # as an answer quotes it: where it comes from
     "287": lambda: min(returns("fig4-short/runs.csv", "ppo", "m=1")),
     "779": lambda: max(returns("fig4-short/runs.csv", "ppo", "m=1")),
     "127": lambda: SCRIPTS["sac"].Args.quant_b,
-    "120": lambda: max(float(row["max_abs_obs"] or 0) for row in results("fig4-short/runs.csv")),
+    "120": lambda: max(
+        float(row["max_abs_obs"] or 0)
+        for name in ("fig4", "fig4-short", "ablate-m")
+        for row in results(f"{name}/runs.csv")
+    ),
     "6,096": lambda: max(layouts().values()),
     "3,082": lambda: layouts()["ours: float64"],
     "3,613": largest_of_humanoid_v5,
