@@ -91,9 +91,12 @@ class Run:
 
 
 def find_runs(roots: Iterable[Path]) -> list[Path]:
-    """Folders at any depth under roots that hold a log. Raises ValueError, one line, if none."""
+    """Folders at any depth under roots that hold a log. Raises ValueError, one line, if none.
+
+    Files among the roots are passed over: `runs/Ant*` also names what jobs.py keeps beside folders.
+    """
     for root in roots:
-        if not root.is_dir():
+        if not root.exists():
             raise ValueError(f"there is no folder {root}")
     found = {path.parent for root in roots for path in root.rglob("events.out.tfevents.*")}
     if not found:

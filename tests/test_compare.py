@@ -139,6 +139,15 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path, capsys, out):
     assert line.startswith(f"compare.py: left out {foreign}: ")
 
 
+def test_files_beside_the_runs_are_passed_over(tmp_path, capsys, out):
+    """As `runs/Ant*` names them, where jobs.py has trained."""
+    folder = run(tmp_path)
+    (beside := folder.with_name(f"{folder.name}.log")).touch()
+    compare.main([str(folder), str(beside), "--out", str(out)])
+    assert capsys.readouterr().err == ""
+    assert "no run in" in fails(capsys, beside, "--out", out / "none")
+
+
 def test_bad_input_is_one_line(tmp_path, capsys, out):
     first = run(tmp_path / "runs")
     assert "no setting of these runs" in fails(capsys, first, "--by", "gama", "--out", out)

@@ -100,9 +100,9 @@ def error_of(storage: str, column: str) -> float:
     return float(row[column])
 
 
-def returns(name: str, algo: str, method: str) -> list[float]:
-    """Of every seed on HalfCheetah-v3, from a runs.csv."""
-    key = (algo, "HalfCheetah-v3", method)
+def returns(name: str, algo: str, method: str, env: str = "HalfCheetah-v3") -> list[float]:
+    """Of every seed, from a runs.csv."""
+    key = (algo, env, method)
     rows = [row for row in results(name) if (row["algo"], row["env"], row["method"]) == key]
     return [float(row["return_last_tenth"]) for row in rows]
 
@@ -130,8 +130,8 @@ FIGURES = {  # as an answer quotes it: where it comes from
     "752": lambda: error_of("m=2", "bytes"),
     "706": lambda: error_of("m=2 packed", "bytes"),
     "318": lambda: mean(returns("ablate-m/runs.csv", "sac", "m=0")),
-    "3984": lambda: mean(returns("ablate-m/runs.csv", "sac", "m=1")),
-    "2542": lambda: mean(returns("ablate-m/runs.csv", "sac", "m=2")),
+    "998": lambda: mean(returns("fig4/runs.csv", "ppo", "m=1", "Walker2d-v3")),
+    "1735": lambda: mean(returns("fig4/runs.csv", "ppo", "float64", "Walker2d-v3")),
     "1798": lambda: mean(returns("ablate-m/runs.csv", "sac", "float64")),
     "287": lambda: min(returns("fig4-short/runs.csv", "ppo", "m=1")),
     "779": lambda: max(returns("fig4-short/runs.csv", "ppo", "m=1")),
