@@ -5,7 +5,7 @@
     python experiments/ablation.py table     # Markdown, from the CSV files alone
 
 To collisions the paper ascribes that SAC fails at m = 1: two tuples (s_q, a) that repeat with
-another reward (Sec. V-A). Returns are what `./run.sh ablate-m` and `ablate-storage` are for.
+another reward (Sec. V-B). Returns are what `./run.sh ablate-m` and `ablate-storage` are for.
 """
 
 import argparse

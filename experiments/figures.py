@@ -163,7 +163,9 @@ def table(figure: str, found: curves.Bins) -> str:
             if each in seeds and other in seeds:
                 end = min(ends[each], ends[other])
                 both = (curves.late_returns(seeds[of], end).values() for of in (each, other))
-                cells[name, each, other, end] = tuple(np.array([*values]) for values in both)
+                cells[name, each, other, end] = tuple(
+                    np.array([*values], np.float64) for values in both
+                )
     parts = [lines, differences(cells), over_tasks(cells)]
     return "\n\n".join(curves.markdown(part) for part in parts if len(part) > 1)
 

@@ -80,7 +80,7 @@ def signed(x: float) -> str:
 def deviations(returns: Sample, reference: Sample) -> float | None:
     """Distance of the means in standard deviations of the reference; None where there is none.
 
-    The paper finds all returns "within a standard deviation of each other" (Sec. V-B): up to 1.
+    The paper finds all returns "within a standard deviation of each other" (Sec. V-C): up to 1.
     """
     if len(reference) < 2 or not (deviation := np.std(reference, ddof=1)):
         return None
@@ -104,9 +104,9 @@ def over_cells(
     samples = []
     for returns, reference in cells:
         size = abs(np.mean(reference))
-        if size <= np.std(reference):
+        if size <= np.std(reference, ddof=1):
             return None
-        samples += [np.array(returns) / size, np.array(reference) / size]
+        samples += [np.array(each, np.float64) / size for each in (returns, reference)]
 
     def together(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
         ours, reference = (np.concatenate(samples[i::2], axis) for i in (0, 1))
