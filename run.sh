@@ -217,8 +217,9 @@ reproduce() {
     read -r seed _ <<<"${SEEDS:-1}" # the first one
     attempt $python experiments/ablation.py errors --out $results/ablation \
         runs/paper/*__sac__seed-"$seed" runs/paper/*__sac__quant-m-[012]__seed-"$seed"
-    attempt $python experiments/ablation.py speed --env Humanoid-v3 --rounds "${ROUNDS:-3}" \
-        --steps 1000 --out $results/ablation
+    attempt $python experiments/speed.py --rounds "${ROUNDS:-3}" --cells sac-64-Humanoid-v3 \
+        --variants float64 float32 float16 bfloat16 float8_e4m3fn m=0 m=1 m=2 m=3 \
+        --out $results/storages.csv
     attempt $python experiments/budget.py --out $results/budget.csv
     attempt $python experiments/checkpoint.py --out $results/checkpoint.csv
     attempt $python experiments/soak.py --out $results/soak.csv \
@@ -239,6 +240,7 @@ test)
     cat requirements.txt requirements.txt >.venv/requirements.txt.stamp
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
+    [ $# -gt 1 ] || set -- test --numprocesses auto --maxprocesses 4 --dist worksteal
     .venv/bin/python -m pytest "${@:2}"
     ;;
 fig2 | fig3 | fig4 | sb3 | table1 | ablate-m | ablate-storage)

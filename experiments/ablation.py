@@ -1,41 +1,35 @@
-"""Storages side by side: bytes, rounding error, collisions and ms/step.
+"""Storages side by side: bytes, rounding error and collisions.
 
     python experiments/ablation.py errors runs/paper/Ant-v3__sac__*    # of what these runs stored
-    python experiments/ablation.py speed     # wants an idle machine
-    python experiments/ablation.py table     # Markdown, from the CSV files alone
+    python experiments/ablation.py table     # Markdown, from errors.csv alone
 
 To collisions the paper ascribes that SAC fails at m = 1: two tuples (s_q, a) that repeat with
-another reward (Sec. V-B). Returns are what `./run.sh ablate-m` and `ablate-storage` are for.
+another reward (Sec. V-B). `./run.sh ablate-m` and `ablate-storage` compare returns, speed.py time.
 """
 
 import argparse
 import csv
-import json
 import sys
-import tempfile
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from buffers import CPU, ReplayBuffer
-from curves import Parser, optional, read_csv
+from curves import Parser, markdown, optional, read_csv
 from figures import method
 from play import read_checkpoint, reading
 from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed, make_codec
-from speed import child, ratio
 from support import envs
 
 OUT = Path("runs/ablation")
 LEAST_STATES = 100
-# codec, flags of sac.py
-STORAGES = {name: (Float(dtype), ["--storage", name]) for name, dtype in STORAGE_DTYPES.items()}
-STORAGES |= {f"m={m}": (FixedPoint(m), ["--quant-m", str(m)]) for m in range(4)}
-STORAGES |= {f"m={m} packed": (Packed(m), ["--quant-m", str(m), "--pack"]) for m in range(4)}
+STORAGES = {name: Float(dtype) for name, dtype in STORAGE_DTYPES.items()}
+STORAGES |= {f"m={m}": FixedPoint(m) for m in range(4)}
+STORAGES |= {f"m={m} packed": Packed(m) for m in range(4)}
 SHOWN = {  # column of errors.csv: its head and format in the table
     "bits": ("bits", ".0f"),
     "bytes": ("bytes", ".0f"),
@@ -49,15 +43,13 @@ SHOWN = {  # column of errors.csv: its head and format in the table
     "conflicting": ("conflicting", ".3%"),
 }
 ERRORS = ["task", "method", "seed", "storage", "max_abs", "distinct", *SHOWN]
-SPEED = ["round", "task", "storage", "ms_per_step", "threads", "torch", "machine"]
 LEGEND = """
-bytes: of a stored observation. ms/step: of SAC, median of the rounds (median of their ratios to
-float64). Errors: of the last tenth of the states that a float64 run stored, after decoding to
-float32, clamping included: RMS and worst over all values; error / std: a column's RMS error over
-its standard deviation, in the median column and the worst one; clamped: share of the values. A run
-that stored rounded states has none of these. colliding: share of all stored states, as many as
-states says, whose s_q, all that the networks learn from, occurs more than once; conflicting:
-together with the same action and another reward, the paper's collision."""
+bytes: of a stored observation. Errors: of the last tenth of the states that a float64 run stored,
+after decoding to float32, clamping included: RMS and worst over all values; error / std: a
+column's RMS error over its standard deviation, in the median column and the worst one; clamped:
+share of the values. A run that stored rounded states has none of these. colliding: share of all
+stored states, as many as states says, whose s_q, all that the networks learn from, occurs more
+than once; conflicting: together with the same action and another reward, the paper's collision."""
 
 
 # --- What runs have stored -----------------------------------------------------------------------
@@ -176,7 +168,7 @@ def errors(args: argparse.Namespace) -> None:
         found = {"task": settings["env"], "method": method(settings), "seed": settings["seed"]}
         float64, last_tenth = found["method"] == "float64", -(len(arrays["obs"]) // 10)
         of_codes = {}  # packed ones are the same
-        for name, (each, _) in (STORAGES if float64 else {found["method"]: (codec, [])}).items():
+        for name, each in (STORAGES if float64 else {found["method"]: codec}).items():
             if (codes := name.removesuffix(" packed")) not in of_codes:
                 of_codes[codes] = collisions(each, arrays)
             rows.append(found | {"storage": name} | of_codes[codes])
@@ -186,114 +178,43 @@ def errors(args: argparse.Namespace) -> None:
         write(args.out / "errors.csv", ERRORS, rows)
 
 
-# --- Speed ---------------------------------------------------------------------------------------
-
-
-def train(env_id: str, steps: int, flags: list[str], cores: int) -> dict:
-    """The result.json of a run of SAC, in a process of its own. RuntimeError if it fails."""
-    command = [sys.executable, ROOT / "sac.py", "--env", env_id, "--total-timesteps", str(steps)]
-    with tempfile.TemporaryDirectory() as folder:
-        child([*command, *flags, "--eval-episodes", "0", "--run-dir", folder], cores)
-        (path,) = Path(folder).glob("*/result.json")
-        return json.loads(path.read_text())
-
-
-def speed(args: argparse.Namespace) -> None:
-    """Write OUT/speed.csv, after each round: one row per run of SAC.
-
-    As in speed.py, the order moves on by one from round to round.
-    """
-    names, rows = [*STORAGES], []
-    for number in range(1, args.rounds + 1):
-        first = (number - 1) % len(names)
-        for env_id in args.env:
-            for name in names[first:] + names[:first]:
-                result = train(env_id, args.steps, STORAGES[name][1], args.cores)
-                row = {"round": number, "task": env_id, "storage": name}
-                rows.append(result | row | {"torch": result["versions"]["torch"]})
-                print(f"round {number}, {env_id}, {name}: {result['ms_per_step']:.3f} ms/step")
-        write(args.out / "speed.csv", SPEED, rows)
-
-
 # --- Table ---------------------------------------------------------------------------------------
 
 
-def read(path: Path, columns: list[str], numbers: dict) -> list[dict[str, str]]:
-    """Rows as text, none where there is no file. Raises ValueError for other columns."""
-    return read_csv(path, columns, numbers) if path.exists() else []
-
-
-def markdown(corner: str, lines: dict[str, dict[str, str]]) -> None:
-    """Print {line: {column: cell}} as a table; a column joins where it first occurs."""
-    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
-    print(f"\n| {' | '.join([corner, *columns])} |\n{'|---' * (len(columns) + 1)}|")
-    for name, line in lines.items():
-        print(f"| {' | '.join([name, *(line.get(column) or '-' for column in columns)])} |")
-
-
-def measured(rows: list[dict[str, str]], timings: list[dict[str, str]]) -> dict:
-    """{what the table is of: {storage: {head: cell}}} of errors.csv and speed.csv."""
-    tables = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        line = row["storage"] if row["method"] == "float64" else f"trained with {row['method']}"
-        tables[f"{row['task']}, seed {row['seed']}"][line] = {
-            head: row[column] and f"{float(row[column]):{form}}"
-            for column, (head, form) in SHOWN.items()
-        }
-    times = defaultdict(dict)  # task, storage: round: ms/step
-    for row in timings:
-        times[row["task"], row["storage"]][row["round"]] = float(row["ms_per_step"])
-    for (task, storage), each in times.items():
-        relative = ratio(each, times.get((task, "float64"), {}))
-        shown = f"{median(each.values()):.2f}" + (f" ({relative:.2f}x)" if relative else "")
-        tables[task][storage]["ms/step"] = shown
-    return tables
-
-
 def table(args: argparse.Namespace) -> None:
-    """Print, from the CSV files alone, a Markdown table per task."""
-    errors_rows = read(args.results / "errors.csv", ERRORS, dict.fromkeys(SHOWN, optional))
-    timings = read(args.results / "speed.csv", SPEED, {"ms_per_step": float})
-    tables = measured(errors_rows, timings)
-    if not tables:
-        raise ValueError(f"no CSV file in {args.results}")
-    for task, storages in tables.items():
-        markdown(task, storages)
+    """Print, from the CSV file alone, a Markdown table per run."""
+    tables = defaultdict(lambda: [["", *(head for head, _ in SHOWN.values())]])
+    for row in read_csv(args.results / "errors.csv", ERRORS, dict.fromkeys(SHOWN, optional)):
+        name = row["storage"] if row["method"] == "float64" else f"trained with {row['method']}"
+        cells = (
+            f"{float(row[column]):{form}}" if row[column] else "-"
+            for column, (_, form) in SHOWN.items()
+        )
+        tables[f"{row['task']}, seed {row['seed']}"].append([name, *cells])
+    for corner, lines in tables.items():
+        lines[0][0] = corner
+        print(f"\n{markdown(lines)}")
     print(LEGEND)
 
 
 # --- Command line --------------------------------------------------------------------------------
 
 
-def positive(text: str) -> int:
-    """An option's whole number of at least 1. Raises ValueError for anything else."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Run one of the three commands. SystemExit with code 2 and one line for bad input."""
+    """Run one of the two commands. SystemExit with code 2 and one line for bad input."""
     parser = Parser(prog="ablation.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for run in (errors, speed, table):
+    for run in (errors, table):
         command = commands.add_parser(run.__name__, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run)
-        if run is not table:
-            command.add_argument("--out", type=Path, default=OUT)
     commands.choices["errors"].add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    for name, default in (("rounds", 4), ("steps", 1500), ("cores", 1)):
-        commands.choices["speed"].add_argument(f"--{name}", type=positive, default=default)
-    commands.choices["speed"].add_argument(
-        "--env", nargs="+", default=[*envs.V3_TASKS], metavar="ENV"
-    )
+    commands.choices["errors"].add_argument("--out", type=Path, default=OUT)
     commands.choices["table"].add_argument("--results", type=Path, default=OUT)
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"ablation.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

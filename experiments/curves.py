@@ -203,6 +203,13 @@ def optional(text: str) -> float | None:
     return float(text) if text else None
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1. Raises ValueError for anything else."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def read_csv(
     path: Path, columns: list[str], numbers: dict[str, Callable] | None = None
 ) -> list[dict[str, str]]:
@@ -244,7 +251,7 @@ def read_bins(results: Path, panel: Callable[[dict], str]) -> Bins:
     found = defaultdict(lambda: defaultdict(dict))
     for run in read_runs(results):
         found[panel(run)][run["method"]][int(run["seed"])] = int(run["steps"]), []
-    numbers = {"seed": int, "step": int, "episodic_return": float, "episodes": int}
+    numbers = {"seed": int, "step": int, "episodic_return": float, "episodes": positive}
     for row in read_csv(results / "curves.csv", CURVES, numbers):
         _, bins = found[panel(row)][row["method"]].get(int(row["seed"]), (0, []))
         bins.append((int(row["step"]), float(row["episodic_return"]), int(row["episodes"])))

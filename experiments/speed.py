@@ -4,6 +4,7 @@
     python experiments/speed.py --draw --out experiments/results/speed.csv    # only from that file
     python experiments/speed.py --rounds 1 --cells ppo-64-Walker2d-v3 --out speed.csv
     python experiments/speed.py --against ../before    # and another checkout, as variant `before`
+    python experiments/speed.py --variants float64 float16 m=0 m=1 m=2    # one storage and another
 
 Every measurement is a process of its own on --cores cores of the CPU. What counts are the same
 steps for all: of SAC those after the 1,000th, of PPO the whole rollouts with their updates after
@@ -39,6 +40,7 @@ from curves import Parser, optional, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from quantize import STORAGE_DTYPES
 from support import drawing, envs
 
 PPO_ROLLOUT = 2048  # steps between two updates of PPO, by default in all three
@@ -55,12 +57,15 @@ DECIMALS = {"sac": "2", "ppo": "1"}  # the paper's m
 PEERS = ["SB3", "SBX"]
 OURS = ["float64", "rounded", "before", "packed"]
 VARIANTS = [*PEERS, *OURS, "floor"]
+STORAGES = {name: ["--storage", name] for name in STORAGE_DTYPES if name != "float64"}
+STORAGES |= {f"m={m}": ["--quant-m", str(m)] for m in range(4)}  # variants if asked for
 OTHERS = ["float64", "SB3", "faster peer", "floor"]  # what the first table divides by
 COLUMNS = ["round", "cell", "hidden", "variant", "ms_per_step", "seconds_to_window", "cores"]
 COLUMNS += ["versions", "cpu", "failed"]
 PEERS_PYTHON = ROOT / ".venv-bench/bin/python"
 COLORS = {"SB3": drawing.ORANGE, "SBX": "#f2b766", "float64": drawing.BLACK, "floor": "0.75"}
 COLORS |= {"rounded": drawing.BLUE, "before": "#d1495b", "packed": drawing.LIGHT_BLUE}
+COLORS |= dict.fromkeys(STORAGES, "0.5")
 # What the ratios are meant to be at most: each cell's, by its hidden units, and their median.
 GOALS = {"SB3": {"64": 0.5}, "faster peer": {"64": 1.0, "256": 1.0}}
 BEFORE_GOALS = {"cell": 1.12, "median": 1.05}
@@ -139,10 +144,9 @@ def command_of(cell: str, variant: str, against: Path | None) -> list:
     else:
         root = against if variant == "before" else ROOT
         command = [sys.executable, root / f"{algo}.py", "--device", "cpu", "--eval-episodes", "0"]
-        if variant != "float64":
-            command += ["--quant-m", DECIMALS[algo]]
-        if variant == "packed":
-            command += ["--pack"]
+        rounded = ["--quant-m", DECIMALS[algo]]
+        own = {"float64": [], "packed": [*rounded, "--pack"]} | STORAGES
+        command += own.get(variant, rounded)
     _, last = window(cell)
     return [*command, "--env", env_id, "--hidden", hidden, "--total-timesteps", str(last)]
 
@@ -166,13 +170,15 @@ def measure(cell: str, variant: str, cores: int, against: Path | None) -> dict[s
     return {"ms_per_step": f"{ms:.4f}", "seconds_to_window": to_window, "versions": versions}
 
 
-def order(cell: str, number: int) -> list[str]:
-    """The variants of a cell in the order of a round, which is counted from 1."""
+def order(cell: str, number: int, variants: list[str]) -> list[str]:
+    """Those of the variants that a cell has, in the order of a round, which is counted from 1."""
     ours = ["float64", "rounded", "before"]
-    others = [["packed"], ["SB3"], ["SBX"], ["floor"]] if cell in CELLS else []
-    groups = [ours if number % 2 else ours[::-1], *others]
-    first = (number - 1) % len(groups)
-    return [variant for group in groups[first:] + groups[:first] for variant in group]
+    others = ["packed", *PEERS, "floor", *STORAGES] if cell in CELLS else []
+    groups = [ours if number % 2 else ours[::-1], *([each] for each in others)]
+    groups = [group for group in groups if {*group} & {*variants}]
+    first = (number - 1) % max(1, len(groups))
+    moved_on = groups[first:] + groups[:first]
+    return [variant for group in moved_on for variant in group if variant in variants]
 
 
 def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
@@ -188,7 +194,7 @@ def run_rounds(args: argparse.Namespace, rows: list[dict]) -> None:
     variants = [name for name in args.variants if name != "before" or args.against]
     for number in range(1 + max((int(row["round"]) for row in rows), default=0), args.rounds + 1):
         for cell in args.cells:
-            for variant in (name for name in order(cell, number) if name in variants):
+            for variant in order(cell, number, variants):
                 print(f"round {number}, {cell}, {variant}: ", end="", flush=True)
                 row = {"round": number, "cell": cell, "hidden": cell.split("-")[1]}
                 row |= {"variant": variant, **machine}
@@ -277,7 +283,7 @@ def peers_table(rows: list[dict[str, str]], times: Times) -> list[list[str]]:
 def asked(rows: list[dict[str, str]]) -> list[str]:
     """The variants that were asked for."""
     names = {row["variant"] for row in rows}
-    return [variant for variant in VARIANTS if variant in names]
+    return [variant for variant in [*VARIANTS, *STORAGES] if variant in names]
 
 
 def ratios_table(times: Times, other: str, cells: list[str], goals: dict) -> list[list[str]]:
@@ -364,7 +370,7 @@ def draw_cell(axes: Axes, cell: str, times: dict[str, list[float]]) -> None:
     axes.set_xlim(-0.6, len(times) - 0.4)
     axes.margins(y=0.15)
     names = [f"ours\n{variant}" if variant in OURS else variant for variant in times]
-    axes.set_xticks(range(len(times)), names, fontsize=7)
+    axes.set_xticks(range(len(times)), names, fontsize=7, rotation=45 if len(names) > 7 else 0)
     axes.tick_params(axis="x", length=0)
     for x, (variant, each) in enumerate(times.items()):
         if each:
@@ -388,7 +394,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=1, help="of every process")
     parser.add_argument("--cells", nargs="+", choices=cells, default=cells, metavar="CELL")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT"
+        "--variants",
+        nargs="+",
+        choices=[*VARIANTS, *STORAGES],
+        default=VARIANTS,
+        metavar="VARIANT",
     )
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, to time")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/speed.csv")

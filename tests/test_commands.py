@@ -43,7 +43,6 @@ RULES = [
     (r"experiments/play\.py", "--episodes 1"),
     (r"experiments/survey\.py", "--steps 50"),
     (r"experiments/(figures|compare)\.py", ""),
-    (r"experiments/ablation\.py speed", "--steps 60 --rounds 1 --env HalfCheetah-v3"),
     (r"experiments/ablation\.py (errors|table)", ""),
     (r"experiments/budget\.py", f"--rows 1000 --steps 60 --out {RESULTS}/budget.csv"),
     (r"experiments/checkpoint\.py", f"--rows 1000 --out {RESULTS}/checkpoint.csv"),

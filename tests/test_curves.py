@@ -175,6 +175,10 @@ def test_bad_csvs(tmp_path):
         (tmp_path / "runs.csv").write_text(text)
         with pytest.raises(ValueError, match=why):
             curves.read_runs(tmp_path)
+    (tmp_path / "runs.csv").write_text(",".join(curves.RUNS) + "\n")
+    (tmp_path / "curves.csv").write_text(",".join(curves.CURVES) + "\nppo,A,m=1,1,10,2.5,0\n")
+    with pytest.raises(ValueError, match=r"curves\.csv, line 2: episodes '0' is no number"):
+        curves.read_bins(tmp_path, lambda row: row["env"])
 
 
 # ---- text ----

@@ -159,6 +159,12 @@ def test_our_variants_are_one_flag_apart(logged, cell, steps):
     assert parsed["rounded"] == parsed["float64"] | {"quant_m": m}
     assert parsed["packed"] == parsed["rounded"] | {"pack": True}
     base = parsed["float64"]
+    for variant in speed.STORAGES:
+        speed.measure(cell, variant, 1, None)
+        other = vars(tyro.cli(args, args=commands[-1][2:]))
+        (changed,) = (name for name in base if other[name] != base[name])
+        name, value = ("quant_m", int(variant[2:])) if "=" in variant else ("storage", variant)
+        assert (changed, other[changed]) == (name, value)
     assert (base["env"], base["hidden"], base["total_timesteps"]) == (env, int(hidden), steps)
     assert base["quant_m"] is None and base["storage"] is None and base["num_envs"] == 1
 
@@ -200,7 +206,7 @@ def test_a_child_that_fails_says_so_in_one_line(code, line):
 
 @pytest.mark.parametrize("cell", [CELL, "ppo-64-Ant-v3"])
 def test_every_round_runs_every_variant_and_what_is_compared_side_by_side(cell):
-    orders = [speed.order(cell, number) for number in range(1, 11)]
+    orders = [speed.order(cell, number, speed.VARIANTS) for number in range(1, 11)]
     ours = ["float64", "rounded", "before"]
     expected = speed.VARIANTS if cell in speed.CELLS else ours
     assert all(sorted(order) == sorted(expected) for order in orders)
@@ -209,6 +215,14 @@ def test_every_round_runs_every_variant_and_what_is_compared_side_by_side(cell):
         assert steps == [step, -step] * 5
     firsts = {order[0] for order in orders}
     assert firsts == {"float64", "before"} | ({*expected} - {*ours})
+
+
+def test_variants_take_turns_in_being_the_first():
+    some = ["float64", "m=0", "float16"]
+    orders = [speed.order(CELL, number, some) for number in range(1, 4)]
+    assert all(sorted(order) == sorted(some) for order in orders)
+    assert {order[0] for order in orders} == {*some}
+    assert speed.order("ppo-64-Ant-v3", 2, ["floor"]) == []  # it has none of them
 
 
 def test_a_failing_peer_is_a_row_with_its_last_line(tmp_path, capsys, monkeypatch):
@@ -429,7 +443,7 @@ def test_loops_are_timed_between_the_first_and_the_last_event(tmp_path, monkeypa
         ["--cores", "0"],
         ["--cores", "100000"],
         ["--cells", "sac-64-Nowhere-v3"],
-        ["--variants", "float32"],
+        ["--variants", "float7"],
         ["--against", "/no/such/checkout"],
         ["--draw", "--out", "/no/such/speed.csv"],
         ["--out", "/proc/speed.csv"],
