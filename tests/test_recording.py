@@ -531,6 +531,30 @@ def test_the_last_digits_of_saturated_actions_stop_no_run():
     assert not recorded.eager
 
 
+@pytest.mark.parametrize("part", [0, 1, 2, 3])  # weight and bias of either layer
+@pytest.mark.parametrize("factor", [0, -1, 1.5, float("nan")])
+def test_a_fast_replay_that_loses_a_layer_is_found_beside_a_large_gradient(part, factor):
+    """As that of SAC's log_alpha, beside which all of the actor's is small."""
+    network, scale = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), weights((1,))[1][0]
+
+    def my_loss(x):
+        return network(x).square().mean() + 10 * scale.sum()
+
+    recorded = Recorded(my_loss, flatten(network, scale))
+    recorded(torch.randn(16, 3))
+    check_recordings(recorded)
+    ((key, (fast, plain)),) = recorded.replays.items()
+
+    def broken(*inputs):
+        results = [*fast(*inputs)]
+        results[1 + part] = results[1 + part] * factor
+        return tuple(results)
+
+    recorded.replays[key] = broken, plain
+    with pytest.raises(StaleRecording):
+        check_recordings(recorded)
+
+
 @pytest.mark.parametrize("calls", [1, 2, 10])
 def test_a_python_number_that_changes_stops_the_run_at_the_next_check(calls):
     vector, (w,) = weights((3,))
