@@ -81,7 +81,7 @@ def stored(run: Path) -> tuple[dict, Codec, dict[str, np.ndarray]]:
     with reading(saved.file):
         buffer.load_state_dict(saved.parts["buffer"])
     rows = np.flatnonzero(buffer.is_start.numpy())
-    if buffer.fill == [buffer.ring]:
+    if len(rows) < saved.parts["progress"]["global_step"]:
         raise ValueError(f"{run} has overwritten what it stored first; --buffer-size was too small")
     if len(rows) < LEAST_STATES:
         raise ValueError(f"{run} has stored {len(rows)} transitions; {LEAST_STATES} are needed")
@@ -166,7 +166,7 @@ def errors(args: argparse.Namespace) -> None:
     for run in args.runs:
         settings, codec, arrays = stored(run)
         found = {"task": settings["env"], "method": method(settings), "seed": settings["seed"]}
-        float64, last_tenth = found["method"] == "float64", -(len(arrays["obs"]) // 10)
+        float64, last_tenth = codec.name == "float64", -(len(arrays["obs"]) // 10)
         of_codes = {}  # packed ones are the same
         for name, each in (STORAGES if float64 else {found["method"]: codec}).items():
             if (codes := name.removesuffix(" packed")) not in of_codes:
@@ -174,8 +174,8 @@ def errors(args: argparse.Namespace) -> None:
             rows.append(found | {"storage": name} | of_codes[codes])
             if float64:
                 rows[-1] |= rounding(each, arrays["obs"][last_tenth:])
-            print(f"{run}, {name}: colliding {rows[-1]['colliding']:.2%}")
         write(args.out / "errors.csv", ERRORS, rows)
+        print(f"wrote the rows of {run}, {len(arrays['obs']):,} states, to {args.out}/errors.csv")
 
 
 # --- Table ---------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ CURVES = [*KEY, "step", "episodic_return", "episodes"]
 RUNS = [*KEY, "steps", "return_last_tenth", "eval_mean", "eval_std", "eval_episodes", "max_abs_obs"]
 RUNS += ["clip_fraction", "first_ratio_error", "torch", "gymnasium", "mujoco", "numpy", "machine"]
 CAPTIONS = {  # by whether they are robust
-    False: "Mean and standard deviation",
+    False: "Mean and, from three seeds on, standard deviation",
     True: f"Interquartile mean and, from {LEAST_SEEDS} seeds on, its 95% bootstrap interval",
 }
 Curves = dict[str, dict[str, dict[int, dict[int, float]]]]  # panel, method, seed, step: return
@@ -61,7 +61,8 @@ class Run:
     Attributes:
         folder: where it is.
         settings: its arguments, "algo", and "lib": "ours", "sb3" or "sbx".
-        steps, returns: last step and return of every episode, int and float arrays of one length.
+        steps, returns: int and float arrays of one length: every step with which an episode ended,
+            and its return, or the mean return where several envs' ended at once.
         end: steps that it was trained for, so far.
         result: result.json, empty while it is unfinished.
     """
@@ -79,10 +80,17 @@ class Run:
         return {edge: mean for edge, mean, _ in bins if edge <= self.end}
 
     def until(self, end: int) -> "Run":
-        """What it was after `end` steps, if it was trained for longer."""
+        """What it was after `end` steps, if it was trained for longer.
+
+        What its result tells of the policy at the end is left out then, but for PPO's last rollout,
+        which goes on beyond a round number.
+        """
         before = self.steps <= end
         cut = {"steps": self.steps[before], "returns": self.returns[before]}
-        return replace(self, end=min(self.end, end), **cut)
+        result = self.result
+        if self.end > 1.01 * end:
+            result = {k: v for k, v in result.items() if k in ("versions", "machine")}
+        return replace(self, end=min(self.end, end), result=result, **cut)
 
     def last_tenth(self, end: int) -> float | None:
         """Mean return of the episodes in the last tenth of the steps up to `end`; None if none."""
@@ -327,7 +335,7 @@ def draw_method(axes: Axes, seeds: list[dict[int, float]], look: dict, robust: b
         middle = intervals.iqm(values, 0)
         if len(seeds) >= LEAST_SEEDS:
             band = np.array([intervals.bootstrap(intervals.iqm, each) for each in values.T]).T
-    elif len(seeds) > 1:
+    elif len(seeds) > 2:  # of two it would be no more than where both lie
         half = values.std(0, ddof=1)
         band = middle - half, middle + half
     if band is not None:
@@ -374,10 +382,11 @@ def draw(
                     line = draw_method(axes, [*each.values()], looks[method][1], robust)
                     lines[labels[method]] = line
                     seeds |= each.keys()
-                counts = sorted({len(each) for each in of.values()})
+                counts = [len(each) for each in of.values()]  # as in the legend
+                counts = counts if len({*counts}) > 1 else counts[:1]
                 axes.set_title(textwrap.fill(name, letters // columns - 3))
                 where = {"transform": axes.transAxes, "ha": "right", "color": "0.4", "fontsize": 7}
-                axes.text(0.99, 0.03, f"n = {' or '.join(map(str, counts))}", **where)
+                axes.text(0.99, 0.03, f"n = {', '.join(map(str, counts))}", **where)
                 axes.set_xlim(left=0)
                 axes.grid()
                 drawing.thousands(axes)

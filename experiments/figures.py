@@ -4,9 +4,8 @@
     python experiments/figures.py fig4 --out experiments/results/fig4 --draw     # from CSV files
 
 The first reads the runs that the command lines on its input train, as far as they have come, and
-writes runs.csv and curves.csv to --out, where rows of listed runs that are not here are kept. Both
-then draw FIGURE.png and .pdf there and write a table of returns, FIGURE.md. `./run.sh fig4` does
-all of it.
+writes runs.csv and curves.csv to --out, where rows of other runs stay. Both then draw FIGURE.png
+and .pdf there and write a table of returns, FIGURE.md. `./run.sh fig4` does all of it.
 """
 
 import argparse
@@ -86,7 +85,12 @@ def collect(lines: list[str], out: Path) -> None:
     Raises:
         ValueError: nothing has been trained, or runs have settings that make them unlike.
     """
-    listed = {key_of(job.settings): job for job in map(jobs.parse, lines)}
+    listed = {}
+    for job in map(jobs.parse, lines):
+        if (other := listed.setdefault(key_of(job.settings), job)).folder != job.folder:
+            raise ValueError(
+                f"{other.folder} and {job.folder} would be the same line of the figure"
+            )
     width = curves.bin_width(max((job.steps for job in listed.values()), default=0))
     rows, bins, alike, unfinished, absent = [], [], {}, 0, set()
     for key, job in listed.items():

@@ -35,8 +35,12 @@ def bootstrap(statistic: Callable, *samples: Sample) -> Interval | None:
 
 
 def welch(a: Sample, b: Sample) -> Interval | None:
-    """95% interval of mean(a) - mean(b), by Welch's t; None if their spread is not known."""
-    if min(len(a), len(b)) < 2 or np.ptp(a) + np.ptp(b) == 0:
+    """95% interval of mean(a) - mean(b), by Welch's t; None if their spread is not known.
+
+    Nor is it from two numbers beside many: the interval would hold the truth in 88% of cases.
+    """
+    fewer, more = sorted((len(a), len(b)))
+    if fewer < 2 or (fewer == 2 and more > 3) or np.ptp(a) + np.ptp(b) == 0:
         return None
     with warnings.catch_warnings(action="ignore"):  # of a sample whose numbers are all equal
         return tuple(stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95))
@@ -94,19 +98,21 @@ def over_cells(
 
     Args:
         cells: (returns, reference) of each task. Both are taken relative to the size of the
-            reference's mean; with as many seeds each, the tasks weigh the same.
+            reference's mean; of each as many seeds, the first ones, as the task with the fewest
+            has, so that the tasks weigh the same.
 
     Returns:
         Difference of the interquartile means over all seeds of all cells, 0.05 for five per cent
         higher; mean over the cells of the probability that a seed is above one of the reference.
         None where a reference's mean is no measure: it lies within a deviation of 0.
     """
-    samples = []
-    for returns, reference in cells:
-        size = abs(np.mean(reference))
-        if size <= np.std(reference, ddof=1):
+    samples, least = [], min(len(each) for cell in cells for each in cell)
+    for cell in cells:
+        returns, reference = (np.array(each[:least], np.float64) for each in cell)
+        size = abs(reference.mean())
+        if size <= reference.std(ddof=1):
             return None
-        samples += [np.array(each, np.float64) / size for each in (returns, reference)]
+        samples += [returns / size, reference / size]
 
     def together(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
         ours, reference = (np.concatenate(samples[i::2], axis) for i in (0, 1))

@@ -37,6 +37,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import curves
 from curves import Parser, optional, read_csv
+from intervals import LEAST_SEEDS
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -173,7 +174,7 @@ def measure(cell: str, variant: str, cores: int, against: Path | None) -> dict[s
 def order(cell: str, number: int, variants: list[str]) -> list[str]:
     """Those of the variants that a cell has, in the order of a round, which is counted from 1."""
     ours = ["float64", "rounded", "before"]
-    others = ["packed", *PEERS, "floor", *STORAGES] if cell in CELLS else []
+    others = [*(["packed", *PEERS, "floor"] if cell in CELLS else []), *STORAGES]
     groups = [ours if number % 2 else ours[::-1], *([each] for each in others)]
     groups = [group for group in groups if {*group} & {*variants}]
     first = (number - 1) % max(1, len(groups))
@@ -189,12 +190,16 @@ def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
 
 
 def run_rounds(args: argparse.Namespace, rows: list[dict]) -> None:
-    """Measure the rounds that rows lack, and write --out after each."""
+    """Measure what rows lack of the rounds, and write --out after each."""
     machine = {"cores": args.cores, "cpu": cpu()}
     variants = [name for name in args.variants if name != "before" or args.against]
-    for number in range(1 + max((int(row["round"]) for row in rows), default=0), args.rounds + 1):
+    rows[:] = [row for row in rows if row["ms_per_step"]]
+    done = {(int(row["round"]), row["cell"], row["variant"]) for row in rows}
+    for number in range(1, args.rounds + 1):
         for cell in args.cells:
             for variant in order(cell, number, variants):
+                if (number, cell, variant) in done:
+                    continue
                 print(f"round {number}, {cell}, {variant}: ", end="", flush=True)
                 row = {"round": number, "cell": cell, "hidden": cell.split("-")[1]}
                 row |= {"variant": variant, **machine}
@@ -307,8 +312,8 @@ def summary(ratios: list[dict[str, float]], goal: float | None) -> list[str]:
     """Ratio, interval and goal for `ratios_table`: ratios are {round: ratio} of each cell."""
     rounds = sorted(set.intersection(*(set(each) for each in ratios)))
     middle = median(median(each.values()) for each in ratios)
-    shown = "-"  # of one round there is nothing to resample
-    if len(rounds) > 1:
+    shown = "-"  # a bootstrap of fewer is far too narrow
+    if len(rounds) >= LEAST_SEEDS:
         low, high = interval(np.array([[each[number] for number in rounds] for each in ratios]))
         shown = f"{low:.3f} to {high:.3f}"
     return [judged(middle, goal), shown, "-" if goal is None else f"<= {goal}"]
@@ -345,8 +350,8 @@ def report(rows: list[dict[str, str]]) -> None:
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """A panel for each of CELLS: median ms per step of every variant, a line from min to max."""
-    times, variants = read_times(rows), asked(rows)
-    cells = [cell for cell in dict.fromkeys([*CELLS, *TABLE_I]) if (cell, variants[0]) in times]
+    times, variants, cells = read_times(rows), asked(rows), {row["cell"] for row in rows}
+    cells = [cell for cell in dict.fromkeys([*CELLS, *TABLE_I]) if cell in cells]
     last, rounds = rows[-1], len({row["round"] for row in rows})
     machine = f"{last['cpu']}, {last['cores']} core(s)"
     with drawing.style():

@@ -153,7 +153,13 @@ def test_collisions_match_a_comparison_of_every_pair(name, seed):
 def walkers(tmp_path_factory) -> dict[str, Path]:
     """Folders of short runs, by their flags."""
     found = {}
-    for flags in ("", "--quant-m 1", "--quant-m 1 --pack --drop-constant", "--buffer-size 256"):
+    for flags in (
+        "",
+        "--quant-m 1",
+        "--quant-m 1 --pack --drop-constant",
+        "--buffer-size 256",
+        "--buffer-size 500",
+    ):
         folder = tmp_path_factory.mktemp("run")
         args = ["--env", "Walker2d-v3", "--total-timesteps", "400", "--checkpoint-every", "400"]
         args += ["--hidden", "8", "--eval-episodes", "0", "--run-dir", str(folder), *flags.split()]
@@ -261,7 +267,11 @@ def test_runs_without_all_their_transitions_are_refused(walkers, tmp_path, capsy
         script.main(script.Args(**small | changes))
         return tmp_path / "run"
 
-    assert "has overwritten what it stored first" in refused(walkers["--buffer-size 256"])
+    overwritten = "has overwritten what it stored first"
+    assert overwritten in refused(walkers["--buffer-size 256"])
+    assert overwritten in refused(
+        left(sac, total_timesteps=3000, memory_budget="30KB", batch_size=9)
+    )
     assert "No such file" in refused(tmp_path)
     damaged = tmp_path / "checkpoint.pt"
     damaged.write_bytes((walkers[""] / "checkpoint.pt").read_bytes()[:-1])
@@ -272,6 +282,12 @@ def test_runs_without_all_their_transitions_are_refused(walkers, tmp_path, capsy
     assert "--num-envs 2" in refused(left(sac, num_envs=2))
     assert "--drop-constant" in refused(left(sac, drop_constant=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_float64_run_with_a_smaller_buffer_has_all_rows(walkers, tmp_path):
+    main("errors", walkers["--buffer-size 500"], "--out", tmp_path)
+    rows = read(tmp_path / "errors.csv")
+    assert [row["storage"] for row in rows] == [*ablation.STORAGES] and rows[0]["rms"]
 
 
 def test_what_was_done_before_a_bad_run_is_kept(walkers, tmp_path, capsys):

@@ -64,6 +64,11 @@ def test_last_tenth_and_curve_match_loops(tmp_path, width):
     cut = found.until(10_000)
     assert cut.end == 10_000 and list(zip(cut.steps, cut.returns, strict=True)) == ends[:14]
     assert found.until(10**9).end == 20_000
+    assert found.until(19_900).result == found.result  # a last rollout goes beyond a round number
+    row = curves.row_of(cut, "m=1")
+    of_its_end = ("eval_mean", "eval_episodes", "max_abs_obs", "clip_fraction", "first_ratio_error")
+    assert not any(row.get(name) for name in of_its_end)
+    assert row["machine"] and row["torch"]
     naive = {}
     for edge in range(width, 20_001, width):
         if inside := [ret for step, ret in ends if edge - width < step <= edge]:
@@ -200,8 +205,9 @@ def drawn(seeds: list[dict], robust: bool = False) -> tuple:
 
 def test_lines_are_means_of_running_means_and_bands_standard_deviations():
     first, second = {5: 0.0, 10: 3.0, 15: 6.0}, {5: 4.0, 15: 8.0, 20: 10.0}
-    line, (band,) = drawn([first, second])
+    line, (band,) = drawn([first, second, first])
     smooth = [[1.5, 3.0, 4.5], [6.0, (6 + 22 / 3) / 2, 22 / 3]]  # 10 lies between 5 and 15
+    smooth.append(smooth[0])
     assert [*line.get_xdata()] == [5, 10, 15]  # not beyond what both have
     assert [*line.get_ydata()] == pytest.approx(np.mean(smooth, 0))
     heights = band.get_paths()[0].vertices[:, 1]
@@ -220,8 +226,9 @@ def test_robust_lines_are_interquartile_means_and_bands_their_intervals():
     assert not drawn([{5: value} for value in values[1:]], robust=True)[1]  # too few
 
 
-def test_a_single_seed_has_no_band():
-    line, bands = drawn([{5: 1.0, 10: 3.0}])
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_seeds_have_no_band(count):
+    line, bands = drawn([{5: 1.0, 10: 3.0}] * count)
     assert not bands and [*line.get_ydata()] == [2.0, 2.0]
 
 

@@ -206,6 +206,14 @@ def test_float64_is_black_and_rounded_blue_as_in_the_paper():
         assert len({(label, str(style)) for label, style in looks.values()}) >= len(looks) - 1
 
 
+def test_two_runs_for_one_line_of_a_figure_are_refused(tmp_path, monkeypatch, capsys):
+    (line, _) = lines_of("fig4", tmp_path / "runs", SEEDS="1", TASKS="Ant-v3", ALGOS="ppo")
+    with pytest.raises(SystemExit):
+        make(monkeypatch, capsys, "fig4", [line, f"{line} --hidden 256"], tmp_path / "out")
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("would be the same line of the figure") and "hidden-256" in said
+
+
 def test_runs_with_other_settings_are_refused(tmp_path, monkeypatch, capsys):
     lines = lines_of("fig4", tmp_path / "runs", SEEDS="1", TASKS="Ant-v3", ALGOS="ppo")
     folders = [jobs.parse(line).folder for line in lines]

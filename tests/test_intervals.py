@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 import statistics
 
 import numpy as np
@@ -44,14 +43,20 @@ def test_the_bootstrap_draws_from_each_sample_by_itself():
     assert (low, high) == pytest.approx((-half, half), rel=0.05)
 
 
-@pytest.mark.parametrize("count", [2, 3, 10])
-def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(count):
+@pytest.mark.parametrize("counts", [(2, 2), (2, 3), (3, 3), (3, 10), (10, 3), (10, 10)])
+def test_the_interval_of_a_difference_covers_the_truth_as_often_as_it_says(counts):
     rng, covered = np.random.default_rng(0), 0
-    for _ in range(400):
-        a, b = rng.normal(300, 100, count), rng.normal(100, 200, count)
-        low, high = re.findall(r"[+-]\d+", intervals.difference(a, b)[1])
-        covered += int(low) <= 200 <= int(high)
-    assert 0.92 < covered / 400 <= (0.99 if count == 2 else 0.98)
+    for _ in range(1000):
+        a, b = rng.normal(300, 100, counts[0]), rng.normal(100, 200, counts[1])
+        low, high = intervals.welch(a, b)
+        covered += low <= 200 <= high
+    assert 0.91 < covered / 1000 < 0.99
+
+
+def test_two_numbers_beside_many_have_no_interval():
+    assert intervals.welch([1.0, 2.0], [3.0, 5.0, 4.0]) is not None
+    assert intervals.welch([1.0, 2.0], [3.0, 5.0, 4.0, 2.0]) is None
+    assert intervals.difference([1.0, 2.0, 0.0, 0.0], [30.0, 50.0]) == ("-39", "-")
 
 
 @pytest.mark.parametrize("count", [5, 10])
@@ -154,7 +159,9 @@ def test_over_cells_probabilities_are_means_over_the_tasks():
     cells = [(few + 100, few + 1), (many, many)]  # always higher; as often as not
     _, (higher, (low, high)) = intervals.over_cells(cells)
     assert higher == pytest.approx(0.75)
-    assert 0.6 < low < 0.75 < high < 0.9
+    assert 0.5 < low < 0.75 < high < 0.95
+    first = intervals.over_cells([cells[0], (many[:5], many[:5])])
+    assert intervals.over_cells(cells) == first  # as many seeds of each task
     assert intervals.over_cells([(few[1:] + 9, few + 9)])[1][1] is None  # too few
 
 

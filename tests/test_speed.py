@@ -222,7 +222,8 @@ def test_variants_take_turns_in_being_the_first():
     orders = [speed.order(CELL, number, some) for number in range(1, 4)]
     assert all(sorted(order) == sorted(some) for order in orders)
     assert {order[0] for order in orders} == {*some}
-    assert speed.order("ppo-64-Ant-v3", 2, ["floor"]) == []  # it has none of them
+    assert speed.order("ppo-64-Ant-v3", 2, ["floor", "m=0"]) == ["m=0"]  # it has no floor
+    assert speed.order("ppo-64-Ant-v3", 2, ["floor"]) == []
 
 
 def test_a_failing_peer_is_a_row_with_its_last_line(tmp_path, capsys, monkeypatch):
@@ -266,6 +267,27 @@ def test_an_interrupted_run_keeps_its_rounds(tmp_path, monkeypatch):
     rounds = read(tmp_path / "speed.csv")
     assert len(asked) == 8 and rounds[:2] == rows
     assert [row["round"] for row in rounds] == [str(n) for n in (1, 2, 3, 4, 5) for _ in range(2)]
+
+
+def test_resuming_measures_what_failed_and_what_is_asked_for_newly(tmp_path, monkeypatch):
+    asked, out = [], write(tmp_path / "speed.csv", {(CELL, "float64"): [1, "broken", 3]})
+    monkeypatch.setattr(
+        speed, "measure", lambda cell, variant, *_: asked.append(variant) or {"ms_per_step": "7"}
+    )
+    options = ["--cells", CELL, "--rounds", "3", "--resume", "--out", str(out)]
+    speed.main([*options, "--variants", "float64", "m=2"])
+    assert sorted(asked) == ["float64", "m=2", "m=2", "m=2"]
+    found = sorted((row["variant"], row["round"], row["ms_per_step"]) for row in read(out))
+    assert found[:3] == [("float64", "1", "1"), ("float64", "2", "7"), ("float64", "3", "3")]
+    assert not any(row["failed"] for row in read(out))
+
+
+def test_only_cells_that_were_run_are_drawn(tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(speed, "draw_cell", lambda axes, cell, times: drawn.append(cell))
+    draw(capsys, write(tmp_path / "speed.csv", {("ppo-64-Ant-v3", "m=0"): [1]}))
+    draw(capsys, write(tmp_path / "speed.csv", {(CELL, "float64"): ["broken"]}))
+    assert drawn == ["ppo-64-Ant-v3", CELL]
 
 
 # ---- tables ----
@@ -325,10 +347,12 @@ def test_a_round_that_failed_does_not_count(tmp_path, capsys):
 @pytest.mark.parametrize("last, verdict", [(0.97, "reached"), (1.2, "missed")])
 def test_table_i(tmp_path, capsys, last, verdict):
     slower = ["sac-64-Humanoid-v3", "ppo-64-Ant-v3", "ppo-64-Humanoid-v3"]
-    each = {cell: [1.03, 1.01, 1.05] if cell in slower else [last] * 3 for cell in speed.TABLE_I}
-    times = {(cell, "float64"): [1, 2, 4] for cell in each}
+    ratios = [1.03, 1.01, 1.05, 1.02, 1.04]
+    each = {cell: ratios if cell in slower else [last] * 5 for cell in speed.TABLE_I}
+    base = [1, 2, 4, 2, 2]
+    times = {(cell, "float64"): base for cell in each}
     times |= {
-        (cell, "rounded"): [a * b for a, b in zip(ratios, (1, 2, 4), strict=True)]
+        (cell, "rounded"): [a * b for a, b in zip(ratios, base, strict=True)]
         for cell, ratios in each.items()
     }
     shown = table(draw(capsys, write(tmp_path / "speed.csv", times)), "cell | float64")
