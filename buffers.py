@@ -400,10 +400,10 @@ class ReplayBuffer:
         rows = np.empty(0, np.int64)
         while len(rows) < n:  # some draws hit an open head or a final row
             draws = self._rng.integers(total, size=n + n // 4)
-            if len(self.fill) > 1:  # from a number among all filled rows to a row
-                filled = np.cumsum(self.fill)
-                env = np.searchsorted(filled, draws, side="right")
-                draws += (self.ring * np.arange(len(filled)) + self.fill - filled)[env]
+            if len(self.fill) > 1:  # they number the filled rows of all rings, one after the other
+                ends = np.cumsum(self.fill)
+                env = np.searchsorted(ends, draws, side="right")
+                draws += env * self.ring - (ends - self.fill)[env]
             rows = np.concatenate([rows, draws[is_start[draws]]])
         return rows[:n]
 

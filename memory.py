@@ -397,7 +397,7 @@ def robot_report(args: Args) -> dict:
         "baseline": allocated(algo, Float(), **sizes),
         "codec": allocated(algo, codec, **sizes, **live),
     }
-    report = dict(ledger_unit="bytes", robot=args.env, algo=algo, **sizes, **live)
+    report = dict(robot=args.env, algo=algo, **sizes, **live)
     report |= dict(codec=codec.name, measured=None, control_hz=hz)
     report |= paper.compare(algo, codec, ours, sizes, args.live_columns, hz)
     if args.measure:

@@ -143,8 +143,6 @@ class FixedPoint(Codec):
         ValueError: m or b out of range; the message says what would fit.
     """
 
-    remedy = "a bound of {bound}"
-
     def __init__(self, m: int, b: float = 127):
         if m < 0:
             raise ValueError(f"--quant-m {m} is negative; the number of decimals kept is 0 or more")

@@ -133,12 +133,12 @@ def prepare(args: Args) -> tuple:
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     sizes = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
     others = {"hidden": args.hidden, "batch_size": args.batch_size}
-    sizes["buffer_size"] = memory.buffer_size(args, codec, device, **sizes, **others)
+    rows = memory.buffer_size(args, codec, device, **sizes, **others)  # or what the budget holds
+    sizes["buffer_size"] = rows
     footprint = memory.plan("sac", codec, device, args.drop_constant, **sizes, **others)
     envs.reset(seed=args.seed)
     folder = runs.find_folder("sac.py", args, device)
-    rows = f"{sizes['buffer_size']:,} observations"
-    errors.say(f"{folder} on {device}, {rows} stored as {codec.name}\n{footprint}")
+    errors.say(f"{folder} on {device}, {rows:,} observations stored as {codec.name}\n{footprint}")
     return device, codec, envs, sizes, folder
 
 

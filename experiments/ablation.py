@@ -8,7 +8,6 @@ another reward (Sec. V-B). `./run.sh ablate-m` and `ablate-storage` compare retu
 """
 
 import argparse
-import csv
 import sys
 from collections import defaultdict
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from figures import method
 from play import read_checkpoint, reading
 from quantize import STORAGE_DTYPES, Codec, FixedPoint, Float, Packed, make_codec
 from support import envs
+from tables import write_csv
 
 OUT = Path("runs/ablation")
 LEAST_STATES = 100
@@ -148,18 +148,6 @@ def collisions(codec: Codec, arrays: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def write(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """Write a CSV file, and its folder: floats to six digits, nan as an empty cell."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            cells = [row.get(column) for column in columns]
-            shown = [f"{c:.6g}" if isinstance(c, float | np.floating) else c for c in cells]
-            writer.writerow("" if c == "nan" else c for c in shown)
-
-
 def errors(args: argparse.Namespace) -> None:
     """Write OUT/errors.csv: of float64 runs one row per storage, of others one."""
     rows = []
@@ -174,7 +162,7 @@ def errors(args: argparse.Namespace) -> None:
             rows.append(found | {"storage": name} | of_codes[codes])
             if float64:
                 rows[-1] |= rounding(each, arrays["obs"][last_tenth:])
-        write(args.out / "errors.csv", ERRORS, rows)
+        write_csv(args.out / "errors.csv", ERRORS, rows)
         print(f"wrote the rows of {run}, {len(arrays['obs']):,} states, to {args.out}/errors.csv")
 
 

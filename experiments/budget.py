@@ -11,7 +11,6 @@ RLIMIT_AS would not do: torch reserves far more address space than it uses.
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import memory
 from quantize import Codec, FixedPoint, Float, Packed
 from support.machine import parse_bytes
+from tables import write_csv
 
 STORAGES = (Packed(2), FixedPoint(2), Float())
 HUMANOID = {"obs_dim": 376, "act_dim": 17, "hidden": 64, "num_envs": 1, "batch_size": 256}
@@ -103,17 +103,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000, help="to train for")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/budget.csv")
     args = parser.parse_args(argv)
-    rows = [COLUMNS]
+    rows = []
     try:
         limit = parse_bytes(args.limit)
-        open(args.out, "a").close()  # fail now rather than after the runs
         for codec in STORAGES:
-            rows.append([codec.name, limit, *run(codec, limit, args)])
-            print(", ".join(f"{head}: {x}" for head, x in zip(COLUMNS, rows[-1], strict=True)))
+            cells = [codec.name, limit, *run(codec, limit, args)]
+            rows.append(dict(zip(COLUMNS, cells, strict=True)))
+            write_csv(args.out, COLUMNS, rows)
+            print(", ".join(f"{head}: {x}" for head, x in rows[-1].items()))
     except (ValueError, OSError) as error:
         parser.exit(2, f"budget.py: error: {error}\n")
-    with open(args.out, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
     print(f"wrote {args.out}")
 
 

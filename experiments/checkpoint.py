@@ -10,7 +10,6 @@ are not anonymous.
 """
 
 import argparse
-import csv
 import re
 import sys
 import tempfile
@@ -30,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 from buffers import ReplayBuffer
 from quantize import Codec, FixedPoint, Packed
 from support import checkpoints, runs
-from support.networks import Actor, Critic, flatten
+from support.networks import Actor, Adam, Critic, flatten
+from tables import write_csv
 
 STORAGES = (Packed(2), FixedPoint(2))
 HUMANOID = {"obs_dim": 376, "act_dim": 17}
@@ -64,14 +64,10 @@ def measure(call: Callable[[], None]) -> tuple[float, int]:
 def make_parts(codec: Codec, rows: int) -> dict:
     """What `sac.py` saves, but for the counters and the random generators."""
     critic, target = (Critic(**HUMANOID, hidden=64) for _ in range(2))
-    actor = flatten(Actor(**HUMANOID, hidden=64))
-    adam = torch.optim.Adam([actor, parameters := flatten(critic)])
-    actor.grad, parameters.grad = torch.ones_like(actor), torch.ones_like(parameters)
-    adam.step()  # only now it has moments
-    buffer = ReplayBuffer(
-        codec, rows, 1, **HUMANOID, device=torch.device("cpu"), seed=0
-    )  # fmt: skip
-    return {"buffer": buffer, "actor": actor, "critic": critic, "target": target, "adam": adam}
+    actor = Actor(**HUMANOID, hidden=64)
+    adams = {"actor_adam": Adam(flatten(actor), 3e-4), "critic_adam": Adam(flatten(critic), 3e-4)}
+    buffer = ReplayBuffer(codec, rows, 1, **HUMANOID, device=torch.device("cpu"), seed=0)
+    return {"buffer": buffer, "actor": actor, "critic": critic, "target": target} | adams
 
 
 def rows_of(buffer: ReplayBuffer) -> list[np.ndarray]:
@@ -135,11 +131,8 @@ def main(argv: list[str] | None = None) -> None:
                 crcs.append(crc)
         assert crcs[0] == crcs[1], "what was loaded is not what was saved"
         lines.append(line | {"versions": versions, "machine": about["machine"]})
+        write_csv(args.out, lines[0], lines)
         print(", ".join(f"{name}: {value}" for name, value in lines[-1].items()), flush=True)
-    with open(args.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
     print(f"wrote {args.out}")
 
 

@@ -9,7 +9,6 @@ intervals.py has the statistics.
 import argparse
 import ast
 import csv
-import io
 import json
 import sys
 import textwrap
@@ -28,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import intervals
 from intervals import LEAST_SEEDS
-from support import arguments, checkpoints, drawing
+from support import arguments, drawing
+from tables import write_csv
 
 BINS = 60  # of the longest run, or up to twice as many
 RETURN, SETTINGS = "charts/episodic_return", "hyperparameters/text_summary"
@@ -194,16 +194,8 @@ def write(out: Path, rows: list[dict], bins: list[dict]) -> None:
     def place(row: dict) -> tuple:
         return *(row[name] for name in KEY[:-1]), int(row["seed"]), int(row.get("step", 0))
 
-    out.mkdir(parents=True, exist_ok=True)
     for name, columns, lines in (("curves.csv", CURVES, bins), ("runs.csv", RUNS, rows)):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        for line in sorted(lines, key=place):
-            cells = (line.get(column) for column in columns)
-            writer.writerow(f"{c:.6g}" if isinstance(c, float) else c for c in cells)
-        with checkpoints.replacing(out / name) as file:  # all of it or nothing
-            file.write(text.getvalue().encode())
+        write_csv(out / name, columns, sorted(lines, key=place))
 
 
 def optional(text: str) -> float | None:

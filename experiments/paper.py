@@ -216,7 +216,7 @@ def report(decimals: dict[str, int], b: float) -> dict:
         f"footnote 2; the text's 1e6 give {wrong[0]:.0f} MB, {wrong[1]:.2f}% and {wrong[3]:.2f}%.",
         f"III-B: 92.5% is {right[2]:.2f}% cut off, not rounded. No s' or done is counted.",
     ]
-    return dict(ledger_unit="bytes", fig2=cells, worked_examples=examples, notes=notes)
+    return dict(fig2=cells, worked_examples=examples, notes=notes)
 
 
 def page(report: dict) -> list:

@@ -23,13 +23,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from curves import read_csv
-from speed import DECIMALS, PPO_ROLLOUT, ROOT, Parser, cpu, markdown, train, write_csv
+from speed import DECIMALS, PPO_ROLLOUT, ROOT, Parser, cpu, markdown, train
 
 sys.path.insert(0, str(ROOT))
 from buffers import ReplayBuffer
 from quantize import FixedPoint, Float, Packed
 from support import drawing
 from support.machine import free_memory
+from tables import write_csv
 
 STORAGES = {"float64": Float(), "int16, m=2": FixedPoint(2), "packed, m=2": Packed(2)}
 HUMANOID, ACT_DIM, BATCH, SAMPLES = 376, 17, 256, 1000

@@ -17,7 +17,6 @@ Stable-Baselines3 and SBX, into .venv-bench.
 """
 
 import argparse
-import csv
 import os
 import platform
 import re
@@ -43,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from quantize import STORAGE_DTYPES
 from support import drawing, envs
+from tables import write_csv
 
 PPO_ROLLOUT = 2048  # steps between two updates of PPO, by default in all three
 CELLS = [  # algo-hidden-task
@@ -180,13 +180,6 @@ def order(cell: str, number: int, variants: list[str]) -> list[str]:
     first = (number - 1) % max(1, len(groups))
     moved_on = groups[first:] + groups[:first]
     return [variant for group in moved_on for variant in group if variant in variants]
-
-
-def write_csv(path: Path, columns: list[str], rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def run_rounds(args: argparse.Namespace, rows: list[dict]) -> None:

@@ -78,7 +78,7 @@ def budget(args: Any, sizes: dict[str, int], largest: Callable, codec_flags: Cal
     )
     if args.live_columns is not None:
         note += f"\n--drop-constant: if no other column changes after row {LiveColumns.WATCHED:,}."
-    report = dict(ledger_unit="bytes", robot=args.env, algo=algo, **sizes, budget=limit)
+    report = dict(robot=args.env, algo=algo, **sizes, budget=limit)
     return dict(report, rows=rows, note=note)
 
 
@@ -114,6 +114,6 @@ def layouts(args: Any, sizes: dict[str, int], allocated: Callable) -> dict:
     note = (
         "rest: actions, rewards and ends, in float32 in the first four; times less: than the first"
     )
-    report = dict(ledger_unit="bytes", robot=args.env, algo="sac", obs_dim=obs_dim, act_dim=act_dim)
+    report = dict(robot=args.env, algo="sac", obs_dim=obs_dim, act_dim=act_dim)
     report |= dict(num_envs=sizes["num_envs"], buffer_size=steps, rows=rows, note=note)
     return report

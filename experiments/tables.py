@@ -1,11 +1,32 @@
-"""How `python memory.py` prints its reports: a page is a list of lines and tables."""
+"""CSV files, and how memory.py prints its reports: a page is a list of lines and tables."""
 
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from support.checkpoints import replacing
 from support.machine import mb
 
 Page = list[str | list[list[str]]]  # a table is a list of rows, the first one its heading
 
 SETTINGS = ("obs_dim", "act_dim", "hidden", "buffer_size", "n_steps", "live_columns", "num_envs")
 COARSE = 100_000_000  # bytes; below this a measurement says little
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
+    """Write all of a CSV file or nothing, and its folder: floats to six digits, nan as no value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        shown = {k: f"{x:.6g}" if isinstance(x, float | np.floating) else x for k, x in row.items()}
+        writer.writerow({k: "" if x == "nan" else x for k, x in shown.items()})
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def show(page: Page) -> None:

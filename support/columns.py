@@ -255,14 +255,12 @@ class LiveColumns:
 
     def _add_block(self, columns: np.ndarray) -> torch.Tensor:
         """Lazily zeroed rows for these columns, packed if they are the first."""
-        width, dtype = (
-            self.codec.row(len(columns)) if self.watching else (len(columns), self.integer)
-        )
+        n, first = len(columns), not self.blocks
+        width, dtype = self.codec.row(n) if first else (n, self.integer)
         block = zeros((self.num_envs * self.ring, width), dtype, self.device)
-        start = 0 if self.watching else self.blocks[-1][0].stop
-        columns_so_far = np.concatenate([self.columns[:start], columns])
-        others = np.setdiff1d(self.columns, columns_so_far)
-        self.columns = np.concatenate([columns_so_far, others])
+        start = 0 if first else self.blocks[-1][0].stop
+        placed = np.concatenate([self.columns[:start], columns])
+        self.columns = np.concatenate([placed, np.setdiff1d(self.columns, placed)])
         self.rank = torch.from_numpy(np.argsort(self.columns)).to(self.device)
-        self.blocks.append((slice(start, len(columns_so_far)), block))
+        self.blocks.append((slice(start, start + n), block))
         return block

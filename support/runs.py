@@ -144,17 +144,17 @@ class Run:
             self.parts["cuda_rng"] = torch.cuda.default_generators[index]
         self.saved_step: int | None = None
         self.seconds_before, self.next_save = 0.0, 0  # a new run is saved at once
-        self.copied: dict | None = None  # by `snapshot`
-        self.changed = False  # whether it has been since
+        self.before: dict | None = None  # the state before this rollout, by `snapshot`
+        self.noise_changed = False  # in it, since it was taken
         self.process = os.getpid()
         self.signal: int | None = None  # the first that came
-        self.stops_at_once = False  # whether a signal need not wait for `goes_on`
+        self.evaluating = False  # then a signal need not wait for `goes_on`
         self.warned_of_saving = self.warned_of_clamping = False
         self.code_before: str | None = None  # what the checkpoint was written by
         if folder.saved:
             with refusing(script), folder.reading():
                 self._restore(folder.saved)
-                self.code_before = "".join(filter(str.isprintable, str(folder.saved["code"])))
+                self.code_before = folder.saved["code"]
             folder.saved = None  # its tensors are the file, which would keep its space on the disk
         self.code = code_and_threads()  # as they are now; files may change while a run trains
 
@@ -211,13 +211,13 @@ class Run:
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM came since the last call.
         """
-        self.copied = None
+        self.before = None
         ends = self.progress.global_step >= self.args.total_timesteps
         due = self.args.checkpoint_every and self.progress.global_step >= self.next_save
         keeps = self.args.checkpoint_every or self.saved_step is not None
         if due or (ends and keeps):
             self._save()
-        self.stops_at_once = ends  # evaluation changes nothing that is saved
+        self.evaluating = ends  # which changes nothing that is saved
         if self.signal:  # looked at last: none that came meanwhile is missed
             raise KeyboardInterrupt
         return not ends
@@ -227,7 +227,7 @@ class Run:
 
         For an algorithm that can be resumed only before a rollout, not within one.
         """
-        self.copied = copy.deepcopy(checkpoints.plain(self._state(), "it"))
+        self.before = copy.deepcopy(checkpoints.plain(self._state(), "it"))
 
     def advance(self, reward: np.ndarray, done: np.ndarray) -> None:
         """Count one step of every env, see `Progress.advance`, and log the episodes that ended."""
@@ -320,13 +320,13 @@ class Run:
         return result
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        trained, self.stops_at_once = self.stops_at_once, False
+        was_evaluating, self.evaluating = self.evaluating, False
         self.bar.close()
-        if isinstance(error, EnvironmentFault) and self.copied:
+        if isinstance(error, EnvironmentFault) and self.before:
             # With the same random numbers the same rollout would meet the same fault again.
-            self.copied["parts"]["torch_rng"] = checkpoints.state_of(torch.default_generator)
-            self.changed = True
-        if isinstance(error, EnvironmentFault | KeyboardInterrupt) or (error and trained):
+            self.before["parts"]["torch_rng"] = checkpoints.state_of(torch.default_generator)
+            self.noise_changed = True
+        if isinstance(error, EnvironmentFault | KeyboardInterrupt) or (error and was_evaluating):
             self._save()
         self.tensorboard.close()
         unlock(self.folder.lock)
@@ -361,7 +361,7 @@ class Run:
         self.signal = number
         for handled in self.handlers:
             signal.signal(handled, signal.SIG_DFL)
-        if self.stops_at_once:
+        if self.evaluating:
             raise KeyboardInterrupt
         what = "this rollout and its update" if self.script == "ppo.py" else "this step"
         told = f"\n{self.script}: finishing {what}, then saving; another signal kills\n"
@@ -371,7 +371,7 @@ class Run:
     @property
     def step(self) -> int:
         """global_step of what would be saved now."""
-        return self.copied["global_step"] if self.copied else self.progress.global_step
+        return self.before["global_step"] if self.before else self.progress.global_step
 
     def _next_save(self) -> int:
         """The first step after this one at which a checkpoint is due."""
@@ -385,10 +385,10 @@ class Run:
     def _save(self) -> None:
         """Write a checkpoint unless there is one of this step; if that fails, warn once."""
         step, self.next_save = self.step, self._next_save()
-        if step == self.saved_step and not self.changed:
+        if step == self.saved_step and not self.noise_changed:
             return
         run = {"args": asdict(self.args), "seconds": self.seconds, "code": self.code}
-        content = written_with(self.script, self.device) | run | (self.copied or self._state())
+        content = written_with(self.script, self.device) | run | (self.before or self._state())
         self.tensorboard.flush()  # it must not lag behind the checkpoint
         try:
             checkpoints.save(self.folder.checkpoint, content)

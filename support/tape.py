@@ -89,19 +89,20 @@ class Tape(TorchDispatchMode):
             raise RuntimeError("it uses the value of a tensor (if, print, float() or .item())")
         kwargs = kwargs or {}
         read = [x for x in _flat((args, kwargs)) if isinstance(x, Tensor)]
-        masked = target is not aten.index.Tensor or any(
-            x.dtype in (torch.bool, torch.uint8) for x in read[1:]
-        )
-        if torch.Tag.dynamic_output_shape in target.tags and masked:
+        size_unknown = torch.Tag.dynamic_output_shape in target.tags
+        if target is aten.index.Tensor:  # has the tag, though only masks make its size unknown
+            size_unknown = any(x.dtype in (torch.bool, torch.uint8) for x in read[1:])
+        if size_unknown:
             raise RuntimeError("the size of a result depends on the values of tensors")
-        if target._schema.is_mutable:
+        in_place = target._schema.is_mutable
+        if in_place:
             self._check_overwriting(args[0] if args else None)
         results = target(*args, **kwargs)
         self.alive.append(results)
-        if not target._schema.is_mutable:
+        if not in_place:
             storages = {_storage(x) for x in _flat(results) if isinstance(x, Tensor)}
             self.own.update(x for x in storages if x in self.own or not _is_view(target))
-        changes = target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+        changes = in_place or torch.Tag.nondeterministic_seeded in target.tags
         known = not changes and self.shorten and all(id(x) in self.numbers for x in read)
         if known or (target in OF_SHAPE and self.shorten):
             self.numbers.update(id(x) for x in _flat(results))

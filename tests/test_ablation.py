@@ -241,7 +241,7 @@ def test_a_table_for_every_run_and_a_line_for_every_row(tmp_path, capsys):
     values |= {"bytes": 34, "relative": math.nan}
     trained = values | {"method": "m=1", "storage": "m=1"}
     rows = [values, trained, values | {"seed": 3}, trained]
-    ablation.write(tmp_path / "errors.csv", ablation.ERRORS, rows)
+    ablation.write_csv(tmp_path / "errors.csv", ablation.ERRORS, rows)
     head, row, *others = table(capsys, tmp_path)
     cells = dict(zip(head, row, strict=True))
     expected = {"A-v3, seed 2": "m=2", "bits": "16", "bytes": "34", "RMS error": "2.9e-03"}

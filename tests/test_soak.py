@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import soak
-from speed import write_csv
+from tables import write_csv
 
 STEADY = "held held held"
 
