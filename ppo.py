@@ -36,7 +36,7 @@ import memory
 from buffers import RolloutBuffer
 from quantize import make_codec
 from support import arguments, errors, runs
-from support.envs import make_vector
+from support.envs import VectorEnv
 from support.networks import ActorCritic, Adam, flatten, set_threads
 from support.recording import Recorded, check_recordings
 
@@ -121,7 +121,7 @@ def prepare(args: Args) -> tuple:
     check(args)
     device = runs.find_device(args.device)
     codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
-    envs = make_vector(args.env, args.num_envs)
+    envs = VectorEnv(args.env, args.num_envs)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     sizes = dict(obs_dim=obs_dim, act_dim=act_dim, num_envs=args.num_envs, n_steps=args.n_steps)
     others = {"hidden": args.hidden, "batch_size": args.batch_size}

@@ -35,7 +35,7 @@ import memory
 from buffers import ReplayBuffer
 from quantize import make_codec
 from support import arguments, errors, runs
-from support.envs import make_vector
+from support.envs import VectorEnv
 from support.networks import Actor, Adam, Critic, flatten, set_threads
 from support.recording import Recorded, check_recordings
 
@@ -129,7 +129,7 @@ def prepare(args: Args) -> tuple:
     check(args)
     device = runs.find_device(args.device)
     codec = make_codec(args.quant_m, args.quant_b, args.storage, args.pack)
-    envs = make_vector(args.env, args.num_envs)
+    envs = VectorEnv(args.env, args.num_envs)
     (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     sizes = {"obs_dim": obs_dim, "act_dim": act_dim, "num_envs": args.num_envs}
     others = {"hidden": args.hidden, "batch_size": args.batch_size}

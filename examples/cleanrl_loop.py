@@ -35,7 +35,7 @@ def mlp(inputs: int, outputs: int, *last: nn.Module) -> nn.Sequential:
 def main(env: str = "Pendulum-v1", total_timesteps: int = 20_000, quant_m: int | None = 2):
     """Train on observations rounded to quant_m decimals; return actor and critic."""
     torch.manual_seed(1)
-    vec = envs.make_vector(env, NUM_ENVS)  # Gymnasium's, with AutoresetMode.DISABLED
+    vec = envs.VectorEnv(env, NUM_ENVS)  # Gymnasium's, with AutoresetMode.DISABLED
     low, high = vec.single_action_space.low, vec.single_action_space.high
     n, k = vec.single_observation_space.shape[0], len(low)
     buffer = ReplayBuffer(make_codec(quant_m, 127, None), ROWS, NUM_ENVS, n, k, CPU, seed=1)  # ours

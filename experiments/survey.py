@@ -21,7 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quantize import FixedPoint, bits, quantize, stored_bits
-from support.envs import VectorEnv, make_vector
+from support.envs import VectorEnv
 from support.errors import EnvironmentFault
 
 DECIMALS = range(4)
@@ -324,7 +324,7 @@ def main(args: Args) -> None:
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed} must not be negative")
         FixedPoint(0, args.quant_b)  # refuses what is no bound
-        envs = make_vector(args.env, 1)
+        envs = VectorEnv(args.env, 1)
         seen = collect(envs, args.steps, args.seed)
     except EnvironmentFault as error:
         sys.exit(f"survey.py: error: {error}")

@@ -1,6 +1,6 @@
 """Environments: the paper's four -v3 tasks on today's MuJoCo, and several of one kind at once.
 
-    envs = make_vector("Humanoid-v3", num_envs=2)       # any other Gymnasium id works too
+    envs = VectorEnv("Humanoid-v3", num_envs=2)       # any other Gymnasium id works too
     obs, _ = envs.reset(seed=1)                         # (2, 376)
     obs, reward, terminated, truncated, _ = envs.step(actions)
 
@@ -117,7 +117,7 @@ class _Episode:
 
 
 class VectorEnv(gym.vector.SyncVectorEnv):
-    """num_envs environments of one kind; observations and rewards are checked to be finite.
+    """`make` num_envs times, stepped together; observations and rewards are checked to be finite.
 
     Every step is a real one: at an episode's end `step` returns the final observation, and the
     caller begins the next with `reset(options={"reset_mask": terminated | truncated})`.
@@ -129,6 +129,9 @@ class VectorEnv(gym.vector.SyncVectorEnv):
     Attributes:
         obs: (num_envs, n), the newest observations; every step makes a new array.
         fresh: (num_envs,) bool, where the last `reset` or `load_state_dict` began an episode.
+
+    Raises:
+        ValueError: as `make` does, and for environments with different spaces.
     """
 
     LONGEST = 10_000  # steps; longer episodes are not replayed
@@ -296,11 +299,6 @@ class VectorEnv(gym.vector.SyncVectorEnv):
             super().close_extras(**kwargs)
 
 
-def make_vector(env_id: str, num_envs: int, **options: Any) -> VectorEnv:
-    """`make` num_envs times, to be stepped together. Raises ValueError, as `make` does."""
-    return VectorEnv(env_id, num_envs, **options)
-
-
 def _rng_state(env: gym.Env) -> dict | None:
     """The state of an env's np_random in plain Python values; None if it has none of these."""
     generator = getattr(env.unwrapped.np_random, "bit_generator", None)
@@ -341,7 +339,7 @@ def evaluate(
     if episodes == 0:
         return []
     try:
-        env = make_vector(env_id, 1, **options)
+        env = VectorEnv(env_id, 1, **options)
     except ValueError as error:  # a second one, where there may be only one at a time
         raise EnvironmentFault(f"{env_id} was not evaluated: {error}") from error
     returns = []

@@ -172,7 +172,7 @@ def test_replaying_the_stored_actions_gives_the_stored_states(walkers):
     """So obs, action and reward belong together, in order, across the ends of episodes."""
     settings, codec, arrays = ablation.stored(walkers[""])
     assert (settings["env"], settings["seed"], codec.name) == ("Walker2d-v3", 1, "float64")
-    env, ends = envs.make_vector("Walker2d-v3", 1), 0
+    env, ends = envs.VectorEnv("Walker2d-v3", 1), 0
     obs, _ = env.reset(seed=1)
     for i in range(400):
         assert (arrays["obs"][i] == obs[0]).all()
@@ -192,7 +192,7 @@ def test_what_a_rounded_run_stored_is_rounded(walkers):
     assert all((plain[name] == other[name]).all() for name in plain)
     obs = plain["obs"]
     assert len(obs) == 400 and (np.round(obs * 10).astype(np.float32) / 10 == obs).all()
-    first, _ = envs.make_vector("Walker2d-v3", 1).reset(seed=1)
+    first, _ = envs.VectorEnv("Walker2d-v3", 1).reset(seed=1)
     assert obs[0] == pytest.approx(first[0], abs=0.0501)
 
 

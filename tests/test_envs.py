@@ -428,11 +428,11 @@ class Scripted(gym.Env):
 def vector_of(monkeypatch):
     """A VectorEnv, named "Odd-v0", of environments that a function makes."""
 
-    def make_vector(kind, num_envs: int = 1) -> envs.VectorEnv:
+    def make_odd(kind, num_envs: int = 1) -> envs.VectorEnv:
         monkeypatch.setattr(envs, "make", lambda _: kind())
-        return envs.make_vector("Odd-v0", num_envs)
+        return envs.VectorEnv("Odd-v0", num_envs)
 
-    return make_vector
+    return make_odd
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -581,7 +581,7 @@ def test_ctrl_c_passes_through(vector_of, method, monkeypatch):
 @pytest.mark.parametrize("stop", [1, 37, 250])
 def test_a_replayed_env_goes_on_as_the_one_that_was_not_stopped(env_id, num_envs, stop):
     """Observations and rewards: Ant's and Humanoid's read positions that lag one step behind."""
-    went_on, rng = envs.make_vector(env_id, num_envs), np.random.default_rng(0)
+    went_on, rng = envs.VectorEnv(env_id, num_envs), np.random.default_rng(0)
     space = went_on.single_action_space
 
     def step(vectors: list) -> list:
@@ -595,7 +595,7 @@ def test_a_replayed_env_goes_on_as_the_one_that_was_not_stopped(env_id, num_envs
     went_on.reset(seed=5)
     for _ in range(stop):
         step([went_on])
-    again = envs.make_vector(env_id, num_envs)
+    again = envs.VectorEnv(env_id, num_envs)
     obs, _ = again.reset(seed=5)
     before = obs.copy()
     again.load_state_dict(went_on.state_dict())

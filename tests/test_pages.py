@@ -21,7 +21,7 @@ from test_docs import prose
 
 import memory
 import survey
-from support.envs import evaluate, make, make_vector
+from support.envs import VectorEnv, evaluate, make
 
 ROOT = Path(__file__).parent.parent
 GLOSSARY, FAQ, EQUATIONS = (ROOT / f"docs/{name}.md" for name in ("glossary", "faq", "equations"))
@@ -117,7 +117,7 @@ def layouts() -> dict[str, float]:
 
 def largest_of_humanoid_v5() -> float:
     """|s| in the first 3,100 of the 20,000 observations that survey.py looks at by default."""
-    seen = survey.collect(make_vector("Humanoid-v5", 1), 3100, survey.Args.seed)
+    seen = survey.collect(VectorEnv("Humanoid-v5", 1), 3100, survey.Args.seed)
     return np.abs(seen).max()
 
 

@@ -441,7 +441,7 @@ def test_whole_rollouts_are_collected(tmp_path):
 def test_the_environment_gets_clipped_actions_and_the_buffer_what_was_sampled(
     tmp_path, monkeypatch
 ):
-    executed, make = [], ppo.make_vector
+    executed, make = [], ppo.VectorEnv
 
     def recording(env_id, num_envs):
         vector = make(env_id, num_envs)
@@ -449,7 +449,7 @@ def test_the_environment_gets_clipped_actions_and_the_buffer_what_was_sampled(
         vector.step = lambda action: executed.append(action.copy()) or step(action)
         return vector
 
-    monkeypatch.setattr(ppo, "make_vector", recording)
+    monkeypatch.setattr(ppo, "VectorEnv", recording)
     stored = ppo.main(tiny(tmp_path))["buffer"].actions.numpy()
     assert np.abs(stored).max() > 2  # Pendulum's bounds are +-2
     np.testing.assert_array_equal(np.array(executed), stored.clip(-2, 2))

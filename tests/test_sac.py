@@ -466,7 +466,7 @@ def test_one_update_per_transition_for_any_number_of_envs(tmp_path, monkeypatch)
 
 
 def test_actions_are_stored_in_the_unit_box_and_executed_in_the_environments(tmp_path, monkeypatch):
-    executed, make = [], sac.make_vector
+    executed, make = [], sac.VectorEnv
 
     def recording(env_id, num_envs):
         vector = make(env_id, num_envs)
@@ -474,7 +474,7 @@ def test_actions_are_stored_in_the_unit_box_and_executed_in_the_environments(tmp
         vector.step = lambda action: executed.append(action.copy()) or step(action)
         return vector
 
-    monkeypatch.setattr(sac, "make_vector", recording)
+    monkeypatch.setattr(sac, "VectorEnv", recording)
     buffer = sac.main(tiny(tmp_path, total_timesteps=60))["buffer"]
     stored = buffer.actions[:60].numpy()
     np.testing.assert_allclose(np.concatenate(executed), 2 * stored, atol=1e-6)  # Pendulum: +-2

@@ -86,7 +86,7 @@ def column(std=1.0, rms=(0.0,) * 4, low=-1.0, high=1.0, beyond=0.0):
 
 
 def collect(steps: int, seed: int, env_id: str = "Robot-v0") -> np.ndarray:
-    return survey.collect(envs.make_vector(env_id, 1), steps, seed)
+    return survey.collect(envs.VectorEnv(env_id, 1), steps, seed)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 17, 400])
@@ -194,7 +194,7 @@ def test_groups_partition_the_columns(env_id):
 
 @pytest.mark.parametrize("env_id", ["Humanoid-v5", "Hopper-v5", "Swimmer-v5", "HalfCheetah-v5"])
 def test_groups_hold_what_they_are_named_after(env_id):
-    vector = envs.make_vector(env_id, 1)
+    vector = envs.VectorEnv(env_id, 1)
     env, obs = vector.envs[0], survey.collect(vector, 60, seed=1)[-1]
     groups = column_groups(env, [column()] * len(obs))
     assert {"qpos", "qvel"} <= set(groups)

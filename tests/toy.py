@@ -50,7 +50,7 @@ class Average:
 
 def make_parts(args: Args) -> dict:
     """All that the next step depends on."""
-    vector = envs.make_vector(args.env, args.num_envs)
+    vector = envs.VectorEnv(args.env, args.num_envs)
     vector.reset(seed=args.seed)
     vector.action_space.seed(args.seed)
     torch.manual_seed(args.seed)
