@@ -128,15 +128,14 @@ ablate-storage() {
         "--storage float8_e4m3fn"
 }
 
-# Eight cells. In each, float64 and rounded take turns: a machine that drifts slows both.
+# Eight cells in turns, and in each float64 and rounded: a machine that drifts slows both.
 table1() {
-    local task algo
+    local task algo cells=
     for algo in ${ALGOS:-ppo sac}; do
-        for task in ${TASKS:-$paper_tasks}; do
-            echo "./run.sh experiments/speed.py --cells $algo-64-$task --variants float64 rounded" \
-                "--rounds ${ROUNDS:-5} --resume --out $(quoted "$OUT/$algo-$task.csv")"
-        done
+        for task in ${TASKS:-$paper_tasks}; do cells+=" $algo-64-$task"; done
     done
+    echo "./run.sh experiments/speed.py --cells$cells --variants float64 rounded" \
+        "--rounds ${ROUNDS:-5} --resume --out $(quoted "$OUT/table1.csv")"
 }
 
 # refuse_variables: one line about a variable that makes no sense.
@@ -173,7 +172,6 @@ make() {
         lines=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$lines")
         exec .venv/bin/python experiments/jobs.py --exec <<<"$lines"
     fi
-    [ "$1" != table1 ] || JOBS=1 # what is timed has the machine for itself
     exec .venv/bin/python experiments/jobs.py ${JOBS:+--jobs "$JOBS"} --then ./run.sh "$1" --draw \
         <<<"$lines"
 }
@@ -182,16 +180,11 @@ make() {
 draw() {
     case $1 in
     fig2 | sb3) exit 0 ;; # drawn by its only line; drawn by fig4
+    table1) exec .venv/bin/python experiments/speed.py --draw --out "$OUT/table1.csv" ;;
     fig3 | ablate-*) exec .venv/bin/python experiments/figures.py "$1" --out "$OUT" <<<"$2" ;;
     fig4)
         lines=$(sb3)
         exec .venv/bin/python experiments/figures.py fig4 --out "$OUT" <<<"$2"$'\n'"$lines"
-        ;;
-    table1)
-        cells=("$OUT"/*-*.csv)
-        [ -e "${cells[0]}" ] || refuse "$OUT has no cell of table1 yet: ./run.sh table1 times them"
-        awk 'FNR > 1 || NR == 1' "${cells[@]}" >"$OUT/table1.csv" # one head for all cells
-        exec .venv/bin/python experiments/speed.py --draw --out "$OUT/table1.csv"
         ;;
     esac
 }
