@@ -18,6 +18,7 @@ import curves
 import intervals
 from curves import Run
 from support import arguments, drawing
+from tables import spans
 
 COLORS = [drawing.BLACK, drawing.BLUE, drawing.ORANGE, drawing.GREEN, "#d1495b", "#7b4fa3"]
 ABREAST = 4  # panels
@@ -112,7 +113,7 @@ def table(panels: dict[str, dict[str, dict[int, Run]]], robust: bool) -> list[li
                 against = intervals.difference(each, reference, robust)
             shown = f"{intervals.iqm(each):.0f}" if robust and each else intervals.spread(each)
             steps = f"{shortest.end:,}"
-            lines.append([panel, name, curves.seeds_of(returns), steps, shown, *against])
+            lines.append([panel, name, spans(returns, " to "), steps, shown, *against])
     return lines
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import intervals
 from intervals import LEAST_SEEDS
 from support import arguments, drawing
-from tables import write_csv
+from tables import spans, write_csv
 
 BINS = 60  # of the longest run, or up to twice as many
 RETURN, SETTINGS = "charts/episodic_return", "hyperparameters/text_summary"
@@ -286,17 +286,6 @@ def late_returns(seeds: dict[int, Seed], end: int) -> dict[int, float]:
 # --- As text --------------------------------------------------------------------------------------
 
 
-def seeds_of(numbers: Iterable[int]) -> str:
-    """{1, 2, 3, 5} -> "1 to 3, 5"."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(f"{a} to {b}" if b > a else f"{a}" for a, b in spans)
-
-
 def markdown(table: list[list[str]]) -> str:
     """A table whose first line is its head."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -382,7 +371,7 @@ def draw(
                 axes.set_xlim(left=0)
                 axes.grid()
                 drawing.thousands(axes)
-        several = f"{CAPTIONS[robust]} over n of the seeds {seeds_of(seeds)}"
+        several = f"{CAPTIONS[robust]} over n of the seeds {spans(seeds, ' to ')}"
         caption = several if len(seeds) > 1 else f"Seed {min(seeds)}"
         caption = textwrap.fill(f"{caption}; running mean of three bins.", letters)
         figure.supylabel("episodic return", fontsize=8)

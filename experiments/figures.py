@@ -19,6 +19,7 @@ import curves
 import intervals
 import jobs
 from support.drawing import BLACK, BLUE, GREEN, LIGHT_BLUE, LIGHT_GREEN, ORANGE
+from tables import spans
 
 FLOAT64 = ("float64", {"color": BLACK})
 SB3 = ("Stable-Baselines3", {"color": ORANGE, "linestyle": (0, (3.5, 1.2))})
@@ -161,7 +162,7 @@ def table(figure: str, found: curves.Bins) -> str:
                 seeds[each] = {seed: found[name][each][seed] for seed in begun}
                 ends[each] = min(end for end, _ in seeds[each].values())
                 returns = curves.late_returns(seeds[each], ends[each])
-                numbers, values = curves.seeds_of(returns), [*returns.values()]
+                numbers, values = spans(returns, " to "), [*returns.values()]
                 lines.append([name, each, numbers, f"{ends[each]:,}", intervals.spread(values)])
         for each, other in pairs:
             if each in seeds and other in seeds:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from quantize import FixedPoint, bits, quantize, stored_bits
 from support.envs import VectorEnv
 from support.errors import EnvironmentFault
+from tables import spans
 
 DECIMALS = range(4)
 # 10% of the deviation is 1% of the variance. On Walker2d-v3 one column of 17 is not fine at m = 1,
@@ -186,15 +187,8 @@ def percent(share: float) -> str:
 
 
 def ranges(indices: list[int], width: int = 40) -> str:
-    """Ascending indices as "0-21, 45", in at most `width` characters."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][1] + 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
-    return textwrap.shorten(text, width, placeholder=" ...")
+    """Indices as "0-21, 45", in at most `width` characters."""
+    return textwrap.shorten(spans(indices, "-"), width, placeholder=" ...")
 
 
 def print_table(rows: list[list[str]]) -> None:
@@ -208,7 +202,7 @@ def print_table(rows: list[list[str]]) -> None:
 
 def print_groups(groups: dict[str, list[int]], columns: list[Column], b: float) -> None:
     """What each group spans, then what rounding does to it."""
-    spans = [["", "columns", "count", "constant", "min", "max", f"beyond +-{b:.10g}"]]
+    bounds = [["", "columns", "count", "constant", "min", "max", f"beyond +-{b:.10g}"]]
     errors = [["", *(head for m in DECIMALS for head in (f"m={m}: RMS", "worst", "fine"))]]
     for name, indices in groups.items():
         group = [columns[i] for i in indices]
@@ -216,13 +210,13 @@ def print_groups(groups: dict[str, list[int]], columns: list[Column], b: float) 
         counts = [ranges(indices), str(len(group)), str(constant)]
         ends = [min(c.low for c in group), max(c.high for c in group)]
         beyond = percent(np.mean([c.beyond for c in group]))
-        spans.append([name, *counts, *(f"{end:z.5g}" for end in ends), beyond])
+        bounds.append([name, *counts, *(f"{end:z.5g}" for end in ends), beyond])
         errors.append([name])
         for m in DECIMALS:
             rms = np.sqrt(np.mean([c.rms[m] ** 2 for c in group]))
             fine = percent(fine_share(group, m)) if any(c.std for c in group) else "-"
             errors[-1] += [f"{rms:.2g}", f"{max(c.worst[m] for c in group):.2g}", fine]
-    print_table(spans)
+    print_table(bounds)
     print("Errors of rounding to m decimals, after the clamp. Fine: share of the varying columns")
     print(f"whose RMS error is at most {FINE:.0%} of their standard deviation.\n")
     print_table(errors)

@@ -1,4 +1,4 @@
-"""CSV files, and how memory.py prints its reports: a page is a list of lines and tables."""
+"""CSV files, lists of numbers, and the reports of memory.py: pages of lines and tables."""
 
 import csv
 import io
@@ -27,6 +27,17 @@ def write_csv(path: Path, columns: Iterable[str], rows: Iterable[dict]) -> None:
         writer.writerow({k: "" if x == "nan" else x for k, x in shown.items()})
     with replacing(path) as file:
         file.write(text.getvalue().encode())
+
+
+def spans(numbers: Iterable[int], to: str) -> str:
+    """{1, 2, 3, 5} -> "1 to 3, 5" where `to` is " to "."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}{to}{b}" if b > a else f"{a}" for a, b in found)
 
 
 def show(page: Page) -> None:

@@ -190,8 +190,8 @@ def test_bad_csvs(tmp_path):
 
 
 def test_seeds_as_text():
-    assert curves.seeds_of({3, 1, 2, 7, 9, 10}) == "1 to 3, 7, 9 to 10"
-    assert curves.seeds_of([4]) == "4"
+    assert curves.spans({3, 1, 2, 7, 9, 10}, " to ") == "1 to 3, 7, 9 to 10"
+    assert curves.spans([4], "-") == "4"
 
 
 # ---- drawing ----
