@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -13,6 +14,15 @@ from support import checkpoints
 
 SCRIPTS = {"sac": sac, "ppo": ppo}
 TIMING = ("ms_per_step", "rss_bytes", "peak_rss_bytes", "args")  # of a result, not of what it says
+
+
+def refused(script, args, capfd) -> str:
+    """The line with which a run of sac or ppo stops, as with exit code 1."""
+    with pytest.raises(SystemExit) as stopped:
+        script.main(args)
+    line = str(stopped.value.code)  # what Python prints on stderr, before it exits with 1
+    assert "\n" not in line and "Traceback" not in capfd.readouterr().err
+    return line
 
 
 def hashed(value) -> str:

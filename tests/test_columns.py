@@ -265,15 +265,6 @@ def test_bytes_when_is_the_largest_nbytes_of_a_run(codec, num_envs, live, monkey
         assert largest({20: 50, 22: 50, 29: 55}) == on_meta.bytes_when(17, 3)
 
 
-@pytest.mark.parametrize(("codec", "most"), [(FixedPoint(2), 590e6), (Packed(2), 565e6)])
-def test_a_million_humanoid_rows_without_their_constant_columns(codec, most):
-    """257 live columns of 376."""
-    meta = torch.device("meta")
-    buffer = ReplayBuffer(codec, 1_000_000, 1, 376, 17, meta, seed=0, drop_constant=True)
-    rest = buffer.nbytes - buffer.obs.nbytes
-    assert buffer.obs.bytes_when(257) + rest < most
-
-
 def test_a_late_column_costs_no_copy():
     """Neither for a moment nor for good: 100,000 of a million rows are resident, 51 MB."""
     code = """

@@ -201,9 +201,10 @@ def test_a_warning_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeyp
 # --- Determinism ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @both
-def test_the_same_seed_gives_the_same_run_and_another_one_another(name, tmp_path):
-    changes = {"env": "Walker2d-v3", "quant_m": 2}
+def test_the_same_seed_gives_the_same_run_and_another_one_another(name, eager, tmp_path):
+    changes = {"env": "Walker2d-v3", "quant_m": 2, "eager": eager}
     first, again, other = (
         in_one_go(name, tmp_path / str(i), seed=seed, **changes) for i, seed in enumerate((1, 1, 2))
     )

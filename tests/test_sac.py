@@ -11,7 +11,7 @@ import pytest
 import stable_baselines3 as sb3
 import torch
 import torch.nn.functional as F
-from helpers import scalars
+from helpers import refused, scalars
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from test_networks import separate
@@ -163,15 +163,6 @@ def test_eager_and_recorded_runs_end_with_the_same_weights(tmp_path, monkeypatch
         torch.testing.assert_close(ours, theirs[name], atol=1e-4, rtol=0)
 
 
-def refused(args: Args, capfd) -> str:
-    """The line with which a run stops, as with exit code 1."""
-    with pytest.raises(SystemExit) as stopped:
-        sac.main(args)
-    line = str(stopped.value.code)  # what Python prints on stderr, before it exits with 1
-    assert "\n" not in line and "Traceback" not in capfd.readouterr().err
-    return line
-
-
 def test_a_python_number_that_changes_stops_the_run(tmp_path, monkeypatch, capfd):
     """As it would if somebody decayed gamma: `args.gamma *= 0.999` in the loop."""
     args, target = tiny(tmp_path, total_timesteps=100), sac.soft_q_target
@@ -183,7 +174,7 @@ def test_a_python_number_that_changes_stops_the_run(tmp_path, monkeypatch, capfd
             return super().sample(batch_size)
 
     monkeypatch.setattr(sac, "ReplayBuffer", Decaying)
-    line = refused(args, capfd)
+    line = refused(sac, args, capfd)
     said = r"sac\.py: error: at step \d+ bellman_target gives other numbers .*--eager"
     assert re.match(said, line)
     assert args.gamma == pytest.approx(0.99 * 0.999**3)  # in one of the first calls
@@ -210,7 +201,7 @@ def test_a_loss_that_branches_trains_with_one_warning(tmp_path, monkeypatch):
 @pytest.mark.parametrize("eager", [False, True])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capfd, eager):
     monkeypatch.setattr(sac, "actor_loss", lambda q, log_prob, alpha: (q.mean() - 1e9).log())
-    line = refused(tiny(tmp_path, eager=eager), capfd)
+    line = refused(sac, tiny(tmp_path, eager=eager), capfd)
     assert re.match(r"sac\.py: error: at step 41 loss_of_actor_and_alpha is nan .*stopped", line)
 
 
@@ -484,15 +475,6 @@ def test_actions_are_stored_in_the_unit_box_and_executed_in_the_environments(tmp
 def test_quantised_run_learns_from_rounded_observations_only(tmp_path):
     obs = sac.main(tiny(tmp_path, quant_m=1))["buffer"].sample(64).obs
     torch.testing.assert_close(obs * 10, (obs * 10).round(), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("eager", [False, True])
-def test_same_seed_same_weights_and_another_seed_others(tmp_path, eager):
-    one, same, other = (
-        weights_of(sac.main(tiny(tmp_path, seed=seed, eager=eager))) for seed in (1, 1, 2)
-    )
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_how_often_is_logged_changes_no_weight(tmp_path, monkeypatch):
