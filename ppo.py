@@ -1,6 +1,6 @@
 """Proximal Policy Optimization that learns from observations stored as fixed-point integers.
 
-    python ppo.py --env Walker2d-v3 --quant-m 1       # the paper's method
+    python ppo.py --env Walker2d-v3 --quant-m 2       # the paper's method, which takes m = 1
     python ppo.py --env Walker2d-v3                   # its float64 baseline: one flag apart
 
 "The paper" is Grossman & Plancher, "Just Round" (ICRA 2023). PPO is Schulman et al., "Proximal

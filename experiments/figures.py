@@ -61,6 +61,7 @@ PAIRS = {  # what is subtracted from what, if not the first method from every ot
     # As in the paper at equal memory.
     "fig3": [("m=2", "float64, 250k rows"), ("m=2, 400k rows", "float64, 100k rows")],
     "fig4": [("m=1", "float64"), ("m=2", "float64"), ("SB3", "float64"), ("SB3, m=1", "SB3")],
+    "ablate-m": [("m=2", "float64"), ("m=1", "float64"), ("m=0", "float64"), ("m=2", "m=1")],
 }
 TASKS = ["HalfCheetah-v3", "Walker2d-v3", "Ant-v3", "Humanoid-v3"]  # the paper's order
 Cells = dict[tuple[str, str, str, int], tuple[np.ndarray, np.ndarray]]

@@ -131,9 +131,7 @@ FIGURES = {  # as an answer quotes it: where it comes from
     "706": lambda: error_of("m=2 packed", "bytes"),
     "318": lambda: mean(returns("ablate-m/runs.csv", "sac", "m=0")),
     "998": lambda: mean(returns("fig4/runs.csv", "ppo", "m=1", "Walker2d-v3")),
-    "1677": lambda: mean(
-        returns("walker2d/runs.csv", "ppo", "--quant-m 2, no --quant-act", "Walker2d-v3")
-    ),
+    "1675": lambda: mean(returns("ablate-m/runs.csv", "ppo", "m=2", "Walker2d-v3")),
     "1735": lambda: mean(returns("fig4/runs.csv", "ppo", "float64", "Walker2d-v3")),
     "1798": lambda: mean(returns("ablate-m/runs.csv", "sac", "float64")),
     "287": lambda: min(returns("fig4-short/runs.csv", "ppo", "m=1")),
