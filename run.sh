@@ -233,6 +233,7 @@ test)
     cat requirements.txt requirements.txt >.venv/requirements.txt.stamp
     .venv/bin/ruff check .
     .venv/bin/ruff format --check .
+    # All of it on several cores; with arguments plain pytest, which prints, and takes --pdb.
     [ $# -gt 1 ] || set -- test --numprocesses auto --maxprocesses 4 --dist worksteal
     .venv/bin/python -m pytest "${@:2}"
     ;;
