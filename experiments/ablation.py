@@ -173,7 +173,7 @@ def table(args: argparse.Namespace) -> None:
     """Print, from the CSV file alone, a Markdown table per run."""
     tables = defaultdict(lambda: [["", *(head for head, _ in SHOWN.values())]])
     for row in read_csv(args.results / "errors.csv", ERRORS, dict.fromkeys(SHOWN, optional)):
-        name = row["storage"] if row["method"] == "float64" else f"trained with {row['method']}"
+        name = row["storage"] if row["rms"] else f"trained with {row['method']}"
         cells = (
             f"{float(row[column]):{form}}" if row[column] else "-"
             for column, (_, form) in SHOWN.items()

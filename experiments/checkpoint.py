@@ -117,6 +117,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the buffer")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/checkpoint.csv")
     args, lines = parser.parse_args(argv), []
+    try:
+        write_csv(args.out, [], [])  # fail now rather than after the work
+    except OSError as error:
+        parser.exit(2, f"checkpoint.py: error: {error}\n")
     about = runs.provenance()
     versions = " ".join(f"{name} {version}" for name, version in about["versions"].items())
     for codec in STORAGES:

@@ -82,13 +82,13 @@ class Run:
     def until(self, end: int) -> "Run":
         """What it was after `end` steps, if it was trained for longer.
 
-        What its result tells of the policy at the end is left out then, but for PPO's last rollout,
-        which goes on beyond a round number.
+        What its result tells of the policy at the end is left out then, unless the run was to end
+        there: PPO's last rollout goes on beyond.
         """
         before = self.steps <= end
         cut = {"steps": self.steps[before], "returns": self.returns[before]}
         result = self.result
-        if self.end > 1.01 * end:
+        if self.settings.get("total_timesteps", self.end) > end:
             result = {k: v for k, v in result.items() if k in ("versions", "machine")}
         return replace(self, end=min(self.end, end), result=result, **cut)
 

@@ -37,7 +37,7 @@ POLL = 0.2  # seconds between two looks at what runs
 # Time of a step, and of a command that trains nothing, in that of a step of PPO. Rough: they only
 # serve to tell the time left.
 COSTS = {"sac.py": 8, "ppo.py": 1, PEERS: 10}
-COMMAND = 10**5  # some minutes, as a cell of table 1
+COMMAND = 10**6  # some minutes, as Table I
 
 
 @dataclass(eq=False)

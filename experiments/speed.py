@@ -4,7 +4,7 @@
     python experiments/speed.py --draw --out experiments/results/speed.csv    # only from that file
     python experiments/speed.py --rounds 1 --cells ppo-64-Walker2d-v3 --out speed.csv
     python experiments/speed.py --against ../before    # and another checkout, as variant `before`
-    python experiments/speed.py --variants float64 float16 m=0 m=1 m=2    # one storage and another
+    python experiments/speed.py --cells sac-64-Humanoid-v3 --variants float64 float16 m=1 m=2
 
 Every measurement is a process of its own on --cores cores of the CPU. What counts are the same
 steps for all: of SAC those after the 1,000th, of PPO the whole rollouts with their updates after
@@ -174,7 +174,7 @@ def measure(cell: str, variant: str, cores: int, against: Path | None) -> dict[s
 def order(cell: str, number: int, variants: list[str]) -> list[str]:
     """Those of the variants that a cell has, in the order of a round, which is counted from 1."""
     ours = ["float64", "rounded", "before"]
-    others = [*(["packed", *PEERS, "floor"] if cell in CELLS else []), *STORAGES]
+    others = ["packed", *PEERS, "floor", *STORAGES] if cell in CELLS else []
     groups = [ours if number % 2 else ours[::-1], *([each] for each in others)]
     groups = [group for group in groups if {*group} & {*variants}]
     first = (number - 1) % max(1, len(groups))
@@ -183,18 +183,20 @@ def order(cell: str, number: int, variants: list[str]) -> list[str]:
 
 
 def run_rounds(args: argparse.Namespace, rows: list[dict]) -> None:
-    """Measure what rows lack of the rounds, and write --out after each."""
+    """Measure, of the rounds, the cells that rows lack something of; write --out after each."""
     machine = {"cores": args.cores, "cpu": cpu()}
     variants = [name for name in args.variants if name != "before" or args.against]
-    rows[:] = [row for row in rows if row["ms_per_step"]]
-    done = {(int(row["round"]), row["cell"], row["variant"]) for row in rows}
     for number in range(1, args.rounds + 1):
         for cell in args.cells:
-            for variant in order(cell, number, variants):
-                if (number, cell, variant) in done:
-                    continue
+            names = order(cell, number, variants)
+            there = [row for row in rows if (row["round"], row["cell"]) == (str(number), cell)]
+            if {row["variant"] for row in there if row["ms_per_step"]} >= {*names}:
+                continue
+            # What is compared is measured one after the other: all of it again.
+            rows[:] = [row for row in rows if row not in there or row["variant"] not in names]
+            for variant in names:
                 print(f"round {number}, {cell}, {variant}: ", end="", flush=True)
-                row = {"round": number, "cell": cell, "hidden": cell.split("-")[1]}
+                row = {"round": str(number), "cell": cell, "hidden": cell.split("-")[1]}
                 row |= {"variant": variant, **machine}
                 try:
                     row |= measure(cell, variant, args.cores, args.against)

@@ -126,7 +126,7 @@ def load(path: Path) -> dict:
     """Read what `save` wrote; of its tensors only what is used is read into memory.
 
     Raises:
-        ValueError: it is missing or damaged, or holds more than tensors and plain Python values.
+        ValueError: it is missing or damaged, or torch.load refuses it, as all that holds code.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:

@@ -40,7 +40,7 @@ TOLERANCE = 1e-4  # of a plain replay against autograd, relative to a gradient's
 # Of a fast one, whose last bits differ: where actions saturate, log(1 - a^2) makes percents of
 # them, and where such terms cancel out, little else is left.
 FAST_TOLERANCE = 0.1  # of results
-OF_ITS_NORM, OF_THE_WHOLE = 0.1, 1e-3  # of each gradient: what the difference's norm may be
+OF_ITS_NORM, OF_THE_WHOLE = 0.1, 1e-3  # of each gradient, or of 1: the difference's norm
 MOST_SHAPES = 16  # of the inputs of one function; TorchScript never frees a recording
 EARLY_CHECKS = (2, 3)  # calls after which a replay is compared with autograd once more
 
@@ -199,13 +199,13 @@ class Recorded:
                 found = replay(*inputs)
             gradients = [] if self.parameters is None else self.parameters.views
             first_gradient = len(expected) - len(gradients)
-            whole = torch.cat(expected[first_gradient:]).norm() if gradients else 0.0
+            whole = torch.cat(expected[first_gradient:]).norm().item() if gradients else 0.0
             for i, (result, reference) in enumerate(zip(found, expected, strict=True)):
                 if (result.shape, result.dtype) != (reference.shape, reference.dtype):
                     return False
                 result, reference = result.double(), reference.double()
                 if fast and i >= first_gradient:
-                    allowed = OF_ITS_NORM * reference.norm() + OF_THE_WHOLE * whole
+                    allowed = OF_ITS_NORM * reference.norm() + OF_THE_WHOLE * max(whole, 1.0)
                     if allowed.isfinite() and not (result - reference).norm() <= allowed:
                         return False
                     continue

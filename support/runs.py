@@ -154,7 +154,7 @@ class Run:
         if folder.saved:
             with refusing(script), folder.reading():
                 self._restore(folder.saved)
-                self.code_before = folder.saved["code"]
+                self.code_before = "".join(filter(str.isprintable, str(folder.saved["code"])))
             folder.saved = None  # its tensors are the file, which would keep its space on the disk
         self.code = code_and_threads()  # as they are now; files may change while a run trains
 

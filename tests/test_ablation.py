@@ -239,7 +239,7 @@ def test_a_table_for_every_run_and_a_line_for_every_row(tmp_path, capsys):
     values = dict.fromkeys(ablation.ERRORS, 0.0) | {"rms": 0.00291, "colliding": 0.00482}
     values |= {"task": "A-v3", "method": "float64", "seed": 2, "storage": "m=2", "bits": 16}
     values |= {"bytes": 34, "relative": math.nan}
-    trained = values | {"method": "m=1", "storage": "m=1"}
+    trained = values | {"method": "m=1", "storage": "m=1", "rms": None}
     rows = [values, trained, values | {"seed": 3}, trained]
     ablation.write_csv(tmp_path / "errors.csv", ablation.ERRORS, rows)
     head, row, *others = table(capsys, tmp_path)

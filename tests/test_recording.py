@@ -508,7 +508,8 @@ def test_gradients_reach_torchs_optimiser_after_a_zero_grad(what):
     assert losses == sorted(losses, reverse=True) and losses[0] > 2 * losses[-1]
 
 
-def test_the_last_digits_of_saturated_actions_stop_no_run():
+@pytest.mark.parametrize("size", [1, 1e-3])
+def test_the_last_digits_of_saturated_actions_stop_no_run(size):
     """Where log(1 - a^2) makes percents of them, and a mean of such terms is near 0."""
     torch.manual_seed(0)
     actor, log_alpha = nn.Linear(376, 34), nn.Parameter(torch.zeros(()))
@@ -520,7 +521,7 @@ def test_the_last_digits_of_saturated_actions_stop_no_run():
         return torch.log(1 - torch.tanh(actor(obs)) ** 2 + 1e-6).sum(-1)
 
     def my_loss(obs, level):
-        return -(log_alpha * (log_prob(obs) - level).detach()).mean() + log_prob(obs).mean()
+        return -(log_alpha * (log_prob(obs) - level).detach()).mean() + size * log_prob(obs).mean()
 
     recorded = Recorded(my_loss, vector)
     with torch.no_grad():
