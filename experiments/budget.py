@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     try:
         limit = parse_bytes(args.limit)
-        write_csv(args.out, COLUMNS, rows)  # fail now rather than after the runs
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        open(args.out, "a").close()  # fail now rather than after the runs
         for codec in STORAGES:
             cells = [codec.name, limit, *run(codec, limit, args)]
             rows.append(dict(zip(COLUMNS, cells, strict=True)))

@@ -118,7 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/checkpoint.csv")
     args, lines = parser.parse_args(argv), []
     try:
-        write_csv(args.out, [], [])  # fail now rather than after the work
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        open(args.out, "a").close()  # fail now rather than after the work
     except OSError as error:
         parser.exit(2, f"checkpoint.py: error: {error}\n")
     about = runs.provenance()

@@ -51,3 +51,14 @@ def test_a_bad_limit_is_one_line(capsys):
         budget.main(["--limit", "much"])
     assert error.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_was_measured_before_outlives_an_interrupted_start(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "budget.csv").write_text("before")
+    monkeypatch.setattr(budget, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        budget.main(["--out", str(tmp_path / "budget.csv")])
+    assert (tmp_path / "budget.csv").read_text() == "before"
